@@ -1,0 +1,558 @@
+"""Batches: create, read, list, cancel, and their items.
+
+Creation is one transaction: items are estimated in a worker thread and written with COPY, then the
+batch, its flows and its first event; whatever is wrong with any item, nothing is kept.
+
+    async with db.transaction() as conn:
+        ingest = Ingest(conn, batch, resources)
+        async for some in items:
+            await ingest.add(some)
+        created = await ingest.finish()
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+from psycopg.types.json import Jsonb
+
+from app import queue, tokens
+from app.db import Connection, NoRow, Query
+from app.errors import ConflictError, Problem, ValidationError
+from app.ids import created_on, uuid7
+from app.tenants import Resource
+
+BatchType = Literal["sync", "async", "callback"]
+Status = Literal["pending", "running", "completed", "failed", "cancelled"]
+
+#: States that do not change any more (but for failed items put back by ``redrive``).
+TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled"})
+
+#: A batch's sequence numbers and counters are 32 bits wide.
+MOST_ITEMS = 2**31 - 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewItem:
+    """An item to create: a JSON object to the letter, for a resource."""
+
+    resource_id: UUID
+    body: bytes
+    custom_id: str | None = None
+    max_attempts: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewBatch:
+    """A batch to create, apart from its items."""
+
+    workspace_id: UUID
+    environment_id: UUID
+    type: BatchType
+    endpoint: str = "/v1/chat/completions"
+    batch_id: UUID = field(default_factory=uuid7)
+    name: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict[str, object])
+    capacity: Sequence[Mapping[str, object]] = ()
+    callback_options: Mapping[str, object] | None = None
+    priority: int = 0
+    max_attempts: int = 5
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+    created_by_api_key_id: UUID | None = None
+
+    @property
+    def batch_day(self) -> date:
+        """The partition of the batch's rows."""
+        return created_on(self.batch_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A batch and the sums of its flows' counters."""
+
+    workspace_id: UUID
+    environment_id: UUID
+    batch_id: UUID
+    batch_day: date
+    type: BatchType
+    status: Status
+    endpoint: str
+    name: str | None
+    metadata: dict[str, Any]
+    capacity: list[dict[str, Any]]
+    callback_options: dict[str, Any] | None
+    priority: int
+    total_items: int
+    estimated_input_tokens: int
+    idempotency_key: str | None
+    request_hash: bytes | None
+    created_by_api_key_id: UUID | None
+    created_at: datetime
+    started_at: datetime | None
+    cancelled_at: datetime | None
+    completed_at: datetime | None
+    pending: int
+    running: int
+    completed: int
+    failed: int
+    cancelled: int
+    retries: int
+    input_tokens: int
+    output_tokens: int
+    is_paused: bool
+
+    @property
+    def ended(self) -> int:
+        """Items in a terminal state."""
+        return self.completed + self.failed + self.cancelled
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last event has been written: nothing of it is open any more."""
+        return self.completed_at is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """An item with its request and, once it ended, what came back. Texts are JSON to the letter."""
+
+    workspace_id: UUID
+    batch_id: UUID
+    seq: int
+    resource_id: UUID
+    status: Status
+    attempt: int
+    failures: int
+    estimated_input_tokens: int
+    visible_at: datetime
+    claimed_at: datetime | None
+    ended_at: datetime | None
+    created_at: datetime
+    custom_id: str | None
+    request: str
+    response: str | None
+    headers: dict[str, str] | None
+    status_code: int | None
+    input_tokens: int | None
+    output_tokens: int | None
+    model: str | None
+    error_code: str | None
+    error_message: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of an item, without its request."""
+
+    seq: int
+    status: Status
+    status_code: int | None
+    response: str | None
+    error_code: str | None
+    error_message: str | None
+    custom_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBatch:
+    """One of the batches that a run of the command line made: rows from ``first_row`` (0) on."""
+
+    batch_id: UUID
+    batch_day: date
+    status: Status
+    total_items: int
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    batch_id: UUID
+    request_hash: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Locked:
+    locked: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Number:
+    no: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ResourceId:
+    resource_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Redriven:
+    redriven: int
+
+
+_batch_insert = Query("batches", "batch_insert", NoRow)
+_flows_insert = Query("batches", "flows_insert", NoRow)
+_ready_now = Query("batches", "ready_now", NoRow)
+_event_append = Query("batches", "event_append", _Number)
+_batch_get = Query("batches", "batch_get", Batch)
+_batches_page = Query("batches", "batches_page", Batch)
+_by_idempotency_key = Query("batches", "batch_by_idempotency_key", _Known)
+_idempotency_lock = Query("batches", "idempotency_lock", _Locked)
+_batch_resources = Query("batches", "batch_resources", _ResourceId)
+_run_batches = Query("batches", "run_batches", RunBatch)
+_items_page = Query("items", "items_page", Item)
+_items_some = Query("items", "items_some", Item)
+_results = Query("items", "results_stream", Result)
+_redrive = Query("items", "items_redrive", _Redriven)
+
+
+class Ingest:
+    """Writes a new batch within the caller's transaction. Use ``add`` as often as needed.
+
+    ``prepare_day`` must have been awaited before the transaction began. Problems of items are
+    collected (the first 100) and raised together by ``finish``, so that one answer names them all.
+    """
+
+    def __init__(
+        self,
+        conn: Connection,
+        batch: NewBatch,
+        resources: Mapping[UUID, Resource],
+        *,
+        most_items: int = MOST_ITEMS,
+        most_item_bytes: int = 8 * 1024 * 1024,
+    ) -> None:
+        self._conn = conn
+        self._batch = batch
+        self._resources = resources
+        self._most_items = min(most_items, MOST_ITEMS)
+        self._most_item_bytes = most_item_bytes
+        self._flows: dict[UUID, int] = {}
+        self._estimated = 0
+        self.count = 0
+        self.problems: list[Problem] = []
+
+    async def add(self, items: Sequence[NewItem]) -> None:
+        """Write items; a few thousand at a time is best."""
+        if self.count + len(items) > self._most_items:
+            raise ValidationError(
+                [
+                    Problem(
+                        path="items",
+                        message=f"more than {self._most_items:,} items; "
+                        "split the batch or raise SLUICE_MAX_ITEMS",
+                    )
+                ]
+            )
+        prepared = await asyncio.to_thread(self._prepare, items, self.count)
+        self.count += len(items)
+        self.problems += prepared.problems[: ValidationError.MOST + 1 - len(self.problems)]
+        if self.problems:
+            return
+        self._estimated += prepared.input_tokens
+        for item in items:
+            self._flows[item.resource_id] = self._flows.get(item.resource_id, 0) + 1
+        async with self._conn.cursor() as cursor:
+            async with cursor.copy(_COPY_ITEMS) as copy:
+                await copy.write(prepared.items)
+            async with cursor.copy(_COPY_REQUESTS) as copy:
+                await copy.write(prepared.requests)
+
+    async def finish(self) -> UUID:
+        """Write batch, flows and the first event; the batch's id. Raises ValidationError."""
+        if not self.count:
+            self.problems.append(Problem(path="items", message="must have at least one item"))
+        if self.problems:
+            raise ValidationError(self.problems)
+        batch = self._batch
+        conn = self._conn
+        await _batch_insert.run(
+            conn,
+            workspace_id=batch.workspace_id,
+            batch_id=batch.batch_id,
+            environment_id=batch.environment_id,
+            batch_day=batch.batch_day,
+            type=batch.type,
+            endpoint=batch.endpoint,
+            name=batch.name,
+            metadata=Jsonb(dict(batch.metadata)),
+            capacity=Jsonb(list(batch.capacity)),
+            callback_options=Jsonb(dict(batch.callback_options))
+            if batch.callback_options is not None
+            else None,
+            priority=batch.priority,
+            total_items=self.count,
+            estimated_input_tokens=self._estimated,
+            idempotency_key=batch.idempotency_key,
+            request_hash=batch.request_hash,
+            created_by_api_key_id=batch.created_by_api_key_id,
+        )
+        resource_ids = sorted(self._flows)
+        await _flows_insert.run(
+            conn,
+            workspace_id=batch.workspace_id,
+            batch_id=batch.batch_id,
+            batch_day=batch.batch_day,
+            priority=batch.priority,
+            resource_ids=resource_ids,
+            items=[self._flows[r] for r in resource_ids],
+        )
+        await _event_append.run(
+            conn,
+            workspace_id=batch.workspace_id,
+            batch_day=batch.batch_day,
+            batch_id=batch.batch_id,
+            kind="batch-created",
+        )
+        await _ready_now.run(conn, workspace_id=batch.workspace_id, resource_ids=resource_ids)
+        return batch.batch_id
+
+    @property
+    def resource_ids(self) -> list[UUID]:
+        """The resources that got items: whom to ring for after the commit."""
+        return sorted(self._flows)
+
+    def _prepare(self, items: Sequence[NewItem], first_seq: int) -> "_Prepared":
+        """Estimate and format; runs in a worker thread."""
+        batch = self._batch
+        key = f"{batch.workspace_id}\t{batch.batch_day}\t{batch.batch_id}\t"
+        rows: list[str] = []
+        requests: list[bytes] = []
+        problems: list[Problem] = []
+        input_tokens = 0
+        for seq, item in enumerate(items, start=first_seq):
+            path = f"items[{seq}].request"
+            try:
+                body = parse_body(item.body, most_bytes=self._most_item_bytes)
+            except ValueError as error:
+                problems.append(Problem(path=path, message=str(error)))
+                continue
+            resource = self._resources[item.resource_id]
+            estimate = tokens.estimate(batch.endpoint, body, model=resource.model)
+            if resource.most_tokens is not None and estimate.input_tokens > resource.most_tokens:
+                problems.append(
+                    Problem(
+                        path=path,
+                        message=f"its prompt of about {estimate.input_tokens:,} tokens alone is "
+                        f"larger than the limit of {resource.most_tokens:,} tokens of resource "
+                        f"'{resource.name}'; shorten it or raise the limit",
+                    )
+                )
+                continue
+            input_tokens += estimate.input_tokens
+            bound = estimate.max_output_tokens
+            most_output = _NULL if bound is None else min(bound, 2**31 - 1)
+            rows.append(
+                f"{key}{item.resource_id}\t{seq}\t{estimate.input_tokens}\t"
+                f"{most_output}\t"
+                f"{item.max_attempts or batch.max_attempts}\n"
+            )
+            custom_id = _NULL.encode() if item.custom_id is None else _escaped(item.custom_id.encode())
+            requests.append(
+                b"%s%d\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body))
+            )
+        return _Prepared(
+            items="".join(rows).encode(),
+            requests=b"".join(requests),
+            problems=problems,
+            input_tokens=input_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    items: bytes
+    requests: bytes
+    problems: list[Problem]
+    input_tokens: int
+
+
+_COPY_ITEMS = (
+    b"copy items (workspace_id, batch_day, batch_id, resource_id, seq, input_tokens, "
+    b"max_output_tokens, max_attempts) from stdin"
+)
+_COPY_REQUESTS = (
+    b"copy item_requests (workspace_id, batch_day, batch_id, seq, custom_id, body) from stdin"
+)
+
+
+_NULL = "\\N"
+
+
+def _escaped(text: bytes) -> bytes:
+    """Text for COPY's text format."""
+    return (
+        text.replace(b"\\", b"\\\\")
+        .replace(b"\n", b"\\n")
+        .replace(b"\r", b"\\r")
+        .replace(b"\t", b"\\t")
+    )
+
+
+def parse_body(body: bytes, *, most_bytes: int) -> dict[str, object]:
+    """A request's JSON object. Raises ValueError with a sentence about what is wrong."""
+    if len(body) > most_bytes:
+        raise ValueError(
+            f"is {len(body):,} bytes long; the most is {most_bytes:,} (SLUICE_MAX_ITEM_BYTES)"
+        )
+    try:
+        parsed: object = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # msgspec refuses lone surrogates, which JSON's grammar allows and providers accept.
+        try:
+            parsed = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(parsed, dict) or not parsed:
+        raise ValueError("must be a JSON object with at least one field")
+    return parsed  # pyright: ignore[reportUnknownVariableType] - JSON keys are strings
+
+
+async def prepare_day(conn: Connection, batch: NewBatch) -> None:
+    """Make the batch's partitions, outside of and before the transaction that fills them."""
+    known = (conn.info.dsn, conn.info.dbname, batch.batch_day)
+    if known not in _prepared_days:
+        await queue.ensure_partitions(conn, day=batch.batch_day)
+        _prepared_days.add(known)
+
+
+_prepared_days: set[tuple[str, str, date]] = set()
+
+
+async def replay(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    environment_id: UUID,
+    idempotency_key: str,
+    request_hash: bytes,
+) -> UUID | None:
+    """The batch that this very request made before, or None after locking the key for us.
+
+    A concurrent creation with the same key makes this wait for its end. Raises ConflictError when
+    the key was used for another request.
+    """
+    await _idempotency_lock.run(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        idempotency_key=idempotency_key,
+    )
+    known = await _by_idempotency_key.one_or_none(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        idempotency_key=idempotency_key,
+    )
+    if known is None:
+        return None
+    if known.request_hash != request_hash:
+        raise ConflictError(
+            "This Idempotency-Key was used for a different request; use a new key.",
+            code="IDEMPOTENCY_MISMATCH",
+            details={"batchId": str(known.batch_id)},
+        )
+    return known.batch_id
+
+
+async def get(
+    conn: Connection, *, workspace_id: UUID, environment_id: UUID, batch_id: UUID
+) -> Batch | None:
+    """A batch with its present counters, or None."""
+    return await _batch_get.one_or_none(
+        conn, workspace_id=workspace_id, environment_id=environment_id, batch_id=batch_id
+    )
+
+
+async def page(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    environment_id: UUID,
+    before: UUID | None,
+    status: Status | None,
+    most: int,
+) -> list[Batch]:
+    """Batches of an environment, newest first, those below ``before``."""
+    return await _batches_page.all(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        before=before,
+        status=status,
+        most=most,
+    )
+
+
+async def items(
+    conn: Connection,
+    *,
+    batch: Batch,
+    from_seq: int = 0,
+    status: Status | None = None,
+    most: int = 1000,
+) -> list[Item]:
+    """Items in input order from a number on."""
+    return await _items_page.all(
+        conn,
+        workspace_id=batch.workspace_id,
+        batch_id=batch.batch_id,
+        batch_day=batch.batch_day,
+        from_seq=from_seq,
+        status=status,
+        most=most,
+    )
+
+
+async def items_numbered(conn: Connection, *, batch: Batch, seqs: Sequence[int]) -> list[Item]:
+    """Certain items, in input order."""
+    return await _items_some.all(
+        conn,
+        workspace_id=batch.workspace_id,
+        batch_id=batch.batch_id,
+        batch_day=batch.batch_day,
+        seqs=list(seqs),
+    )
+
+
+async def results(
+    conn: Connection, *, workspace_id: UUID, batch_id: UUID, batch_day: date
+) -> AsyncIterator[Result]:
+    """Every item's result in input order, streamed. Needs an open transaction."""
+    async with aclosing(
+        _results.stream(conn, workspace_id=workspace_id, batch_id=batch_id, batch_day=batch_day)
+    ) as rows:
+        async for row in rows:
+            yield row
+
+
+async def resource_ids(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> list[UUID]:
+    """The resources that a batch uses."""
+    rows = await _batch_resources.all(conn, workspace_id=workspace_id, batch_id=batch_id)
+    return [row.resource_id for row in rows]
+
+
+async def redrive(
+    conn: Connection, *, workspace_id: UUID, batch_id: UUID, most: int = 5000
+) -> int:
+    """Put up to ``most`` failed items back in line; how many. Answered ones stay as they are."""
+    row = await _redrive.one(conn, workspace_id=workspace_id, batch_id=batch_id, most=most)
+    return row.redriven
+
+
+async def of_run(
+    conn: Connection, *, workspace_id: UUID, environment_id: UUID, run: str
+) -> list[RunBatch]:
+    """The batches of a run of the command line, in the order of their rows."""
+    return await _run_batches.all(
+        conn, workspace_id=workspace_id, environment_id=environment_id, run=run
+    )

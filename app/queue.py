@@ -1,0 +1,441 @@
+"""The queue: claim, settle, reclaim, and the workers that hold leases.
+
+The states of an item and the verbs between them:
+
+    pending ──claim──▶ running ──complete──▶ completed
+       ▲                 │ ├────fail──────▶ failed      (rejected, exhausted, crashed, impossible)
+       ├──retry──────────┤ │
+       ├──release────────┤ └── cancel ────▶ cancelled
+       └──reclaim────────┘
+
+claim      take it, under a lease, with a reservation in the ledger; attempt + 1
+complete   an answer was recorded; the first one wins, whatever its attempt
+fail       a final refusal, the last allowed failure, or the last allowed crash
+retry      a failure (failures + 1) or a throttle (free) sends it back, visible later
+release    known to be unsent: back at once, reservation refunded, nothing burned
+reclaim    its worker vanished: back, the attempt is noted as lost (crashes + 1)
+cancel     by its batch; a call in flight is let finish and its answer kept
+
+Domain functions take ``conn`` first and never commit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from enum import StrEnum
+from uuid import UUID
+
+import msgspec
+
+from app.db import Connection, NoRow, Query
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """A resource that may have claimable work at ``next_at`` (``now``: the database's clock)."""
+
+    workspace_id: UUID
+    resource_id: UUID
+    next_at: datetime
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """One row of a claim: an item, or (seq is None) the report that ends it."""
+
+    batch_day: date | None
+    batch_id: UUID | None
+    seq: int | None
+    attempt: int | None
+    failures: int | None
+    max_attempts: int | None
+    input_tokens: int | None
+    output_tokens: int | None
+    impossible: bool | None
+    endpoint: str | None
+    body: str | None
+    claimed_at: datetime
+    limit_ids: list[UUID] | None
+    busy: bool
+    isolated: bool
+    next_at: datetime | None
+    waits_for: UUID | None
+    config_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """An item under lease: what to ask, and what its claim reserved."""
+
+    workspace_id: UUID
+    resource_id: UUID
+    batch_day: date
+    batch_id: UUID
+    seq: int
+    attempt: int
+    failures: int
+    max_attempts: int
+    input_tokens: int
+    output_tokens: int
+    impossible: bool
+    endpoint: str
+    body: str
+    claimed_at: datetime
+    limit_ids: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a claim brought, and when it is worth coming back.
+
+    ``wait_s``: seconds until a look may find more; 0 at once, None when nothing waits. ``busy``:
+    another worker was claiming from the same resource. ``isolated``: an item that was in flight at
+    many crashes waits for a worker that has nothing else to do. ``config_at``: when the resource
+    or its connection was last changed.
+    """
+
+    items: list[Item]
+    wait_s: float | None
+    busy: bool
+    isolated: bool
+    config_at: datetime | None
+
+
+class Outcome(StrEnum):
+    """How a call ended, as recorded; see the comment on the database's attempt_outcome."""
+
+    answered = "answered"
+    rejected = "rejected"
+    throttled = "throttled"
+    unreachable = "unreachable"
+    unsent = "unsent"
+    impossible = "impossible"
+
+
+class Settlement(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One outcome on its way into the database.
+
+    ``wait_s``: how long the item (throttled: the whole resource) stays back. ``refund``: the call
+    is known not to have been sent. ``body`` travels beside the JSON, see ``settle``.
+    """
+
+    batch_day: date
+    batch_id: UUID
+    resource_id: UUID
+    connection_id: UUID | None
+    seq: int
+    attempt: int
+    outcome: Outcome
+    claimed_at: datetime
+    limit_ids: tuple[UUID, ...]
+    reserved_input_tokens: int
+    reserved_output_tokens: int
+    refund: bool
+    ord: int = 0
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    latency_ms: int | None = None
+    wait_s: float | None = None
+    status_code: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    model: str | None = None
+    request_id: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    headers: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What became of one outcome; not ``settled``: its item was locked, bring it again."""
+
+    ord: int
+    settled: bool
+    batch_id: UUID
+    resource_id: UUID
+    becomes: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lapsed:
+    """A running item whose worker is dead or whose lease has passed."""
+
+    workspace_id: UUID
+    batch_day: date
+    batch_id: UUID
+    seq: int
+    attempt: int
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmarked:
+    """A cancelled batch whose item rows do not all say so yet."""
+
+    workspace_id: UUID
+    batch_day: date
+    batch_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BelowFloor:
+    """Items that a floor has passed: always a bug."""
+
+    workspace_id: UUID
+    batch_id: UUID
+    resource_id: UUID
+    items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reclaimed:
+    reclaimed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Marked:
+    marked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Status:
+    status: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Holder:
+    holder_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    made: bool
+
+
+_ready_due = Query("queue", "ready_due", Due)
+_claim = Query("queue", "item_claim", Claimed)
+_settle = Query("queue", "item_settle", Settled)
+_lapsed = Query("queue", "items_lapsed", Lapsed)
+_reclaim = Query("queue", "items_reclaim", _Reclaimed)
+_cancel = Query("queue", "batch_cancel", _Status)
+_cancel_chunk = Query("queue", "batch_cancel_chunk", _Marked)
+_unmarked = Query("queue", "batches_unmarked", Unmarked)
+_ready_recompute = Query("queue", "ready_recompute", NoRow)
+_below_floor = Query("queue", "items_below_floor", BelowFloor)
+_worker_register = Query("queue", "worker_register", NoRow)
+_worker_heartbeat = Query("queue", "worker_heartbeat", NoRow)
+_worker_stop = Query("queue", "worker_stop", NoRow)
+_workers_forget = Query("queue", "workers_forget", NoRow)
+_lease_take = Query("queue", "lease_take", _Holder)
+_lease_release = Query("queue", "lease_release", NoRow)
+_ledger_prune = Query("queue", "ledger_prune", NoRow)
+_partitions_ensure = Query("queue", "partitions_ensure", _Made)
+
+_encode = msgspec.json.Encoder().encode
+
+
+async def due(conn: Connection, *, most: int = 1000) -> list[Due]:
+    """Resources with work, soonest first."""
+    return await _ready_due.all(conn, most=most)
+
+
+async def claim(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    resource_id: UUID,
+    worker_id: UUID,
+    want: int,
+    alone: bool,
+    guard_s: float,
+    grace_s: float,
+) -> Claim:
+    """Take at most ``want`` items of a resource, as many as its limits allow now.
+
+    ``alone``: the worker has nothing in flight, so it may take an item suspected of crashing
+    workers. Raises psycopg.Error with sqlstate SLCLO when a cancel or pause crossed it: ask again.
+    """
+    rows = await _claim.all(
+        conn,
+        workspace_id=workspace_id,
+        resource_id=resource_id,
+        worker_id=worker_id,
+        want=want,
+        alone=alone,
+        guard_s=guard_s,
+        grace_s=grace_s,
+    )
+    items: list[Item] = []
+    for row in rows:
+        if (
+            row.seq is not None
+            and row.batch_day is not None
+            and row.batch_id is not None
+            and row.attempt is not None
+            and row.failures is not None
+            and row.max_attempts is not None
+            and row.input_tokens is not None
+            and row.output_tokens is not None
+            and row.endpoint is not None
+            and row.body is not None
+        ):
+            items.append(
+                Item(
+                    workspace_id=workspace_id,
+                    resource_id=resource_id,
+                    batch_day=row.batch_day,
+                    batch_id=row.batch_id,
+                    seq=row.seq,
+                    attempt=row.attempt,
+                    failures=row.failures,
+                    max_attempts=row.max_attempts,
+                    input_tokens=row.input_tokens,
+                    output_tokens=row.output_tokens,
+                    impossible=bool(row.impossible),
+                    endpoint=row.endpoint,
+                    body=row.body,
+                    claimed_at=row.claimed_at,
+                    limit_ids=() if row.impossible else tuple(row.limit_ids or ()),
+                )
+            )
+    if not rows:
+        return Claim(items=[], wait_s=None, busy=False, isolated=False, config_at=None)
+    report = rows[-1]
+    wait_s = None
+    if report.next_at is not None and report.next_at.year < 9999:
+        wait_s = max((report.next_at - report.claimed_at).total_seconds(), 0.0)
+    return Claim(
+        items=items,
+        wait_s=wait_s,
+        busy=report.busy,
+        isolated=report.isolated,
+        config_at=report.config_at,
+    )
+
+
+async def settle(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    worker_id: UUID,
+    settlements: Sequence[Settlement],
+    bodies: Sequence[str | None],
+) -> list[Settled]:
+    """Record outcomes of one workspace, any number of batches, in this transaction.
+
+    Returns one row per settlement, whose ``ord`` is its position from 1; those whose item was
+    locked by somebody else are not settled and must be brought again. Repeating a settlement is
+    harmless. ``bodies[n]`` is the provider's JSON text of ``settlements[n]``.
+    """
+    for position, settlement in enumerate(settlements, start=1):
+        settlement.ord = position
+    return await _settle.all(
+        conn,
+        workspace_id=workspace_id,
+        worker_id=worker_id,
+        outcomes=_encode(settlements).decode(),
+        bodies=list(bodies),
+    )
+
+
+async def lapsed(
+    conn: Connection, *, quiet_since: datetime, dead_after_s: float, most: int = 5000
+) -> list[Lapsed]:
+    """Running items to reclaim; ``quiet_since``: since when this process has heard the database."""
+    return await _lapsed.all(conn, quiet_since=quiet_since, dead_after_s=dead_after_s, most=most)
+
+
+async def reclaim(
+    conn: Connection, *, items: Sequence[Lapsed], max_crashes: int, wait_s: float
+) -> int:
+    """Bring back items of ONE batch; how many there still were to bring back."""
+    first = items[0]
+    row = await _reclaim.one(
+        conn,
+        workspace_id=first.workspace_id,
+        batch_day=first.batch_day,
+        batch_id=first.batch_id,
+        seqs=[i.seq for i in items],
+        attempts=[i.attempt for i in items],
+        alone=[i.alone for i in items],
+        max_crashes=max_crashes,
+        wait_s=wait_s,
+    )
+    return row.reclaimed
+
+
+async def cancel(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> str | None:
+    """Close a batch: from this commit on nothing of it is claimed. Its status, None if absent."""
+    return (await _cancel.one(conn, workspace_id=workspace_id, batch_id=batch_id)).status
+
+
+async def cancel_chunk(
+    conn: Connection, *, workspace_id: UUID, batch_day: date, batch_id: UUID, most: int = 2000
+) -> int:
+    """Mark some items of a cancelled batch; how many."""
+    row = await _cancel_chunk.one(
+        conn, workspace_id=workspace_id, batch_day=batch_day, batch_id=batch_id, most=most
+    )
+    return row.marked
+
+
+async def unmarked(conn: Connection, *, most: int = 100) -> list[Unmarked]:
+    """Cancelled batches whose rows must still follow."""
+    return await _unmarked.all(conn, most=most)
+
+
+async def recompute_ready(conn: Connection) -> int:
+    """Wake resources whose work would otherwise wait unseen; how many (0 unless there is a bug)."""
+    return await _ready_recompute.run(conn)
+
+
+async def below_floor(conn: Connection) -> list[BelowFloor]:
+    """Violations of the floor's promise; always empty."""
+    return await _below_floor.all(conn)
+
+
+async def register_worker(
+    conn: Connection, *, worker_id: UUID, host: str, pid: int, version: str
+) -> None:
+    """Note that a worker begins."""
+    await _worker_register.run(conn, worker_id=worker_id, host=host, pid=pid, version=version)
+
+
+async def heartbeat(conn: Connection, *, worker_id: UUID, in_flight: int) -> None:
+    """Note that a worker lives."""
+    await _worker_heartbeat.run(conn, worker_id=worker_id, in_flight=in_flight)
+
+
+async def stop_worker(conn: Connection, *, worker_id: UUID) -> None:
+    """Note that a worker has stopped by itself."""
+    await _worker_stop.run(conn, worker_id=worker_id)
+
+
+async def forget_workers(conn: Connection) -> int:
+    """Drop rows of workers long gone."""
+    return await _workers_forget.run(conn)
+
+
+async def take_duty(conn: Connection, *, name: str, holder_id: UUID, for_s: float) -> bool:
+    """Become or stay the one process that does this duty."""
+    row = await _lease_take.one_or_none(conn, name=name, holder_id=holder_id, for_s=for_s)
+    return row is not None
+
+
+async def release_duty(conn: Connection, *, name: str, holder_id: UUID) -> None:
+    """Leave a duty to another process."""
+    await _lease_release.run(conn, name=name, holder_id=holder_id)
+
+
+async def prune_ledger(conn: Connection, *, keep_hours: int) -> int:
+    """Forget old ledger slots."""
+    return await _ledger_prune.run(conn, keep_hours=keep_hours)
+
+
+async def ensure_partitions(conn: Connection, *, day: date) -> bool:
+    """Make the partitions of a day if they are missing."""
+    return (await _partitions_ensure.one(conn, day=day)).made

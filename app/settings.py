@@ -1,0 +1,126 @@
+"""Settings: every ``SLUICE_*`` variable, its default and what it is for.
+
+The only place that reads the environment. The table in README.md is made from this class by
+``describe()``, and a test compares them.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError as PydanticError
+
+from app.errors import SettingsError
+
+PREFIX = "SLUICE_"
+
+
+def default_home() -> Path:
+    """Where the embedded database and the generated key live."""
+    return Path("/var/lib/sluice") if os.geteuid() == 0 else Path.home() / ".sluice"
+
+
+class Settings(BaseModel):
+    """All settings, validated. Field ``x_y`` is read from ``SLUICE_X_Y``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    database_url: str | None = Field(
+        default=None, description="PostgreSQL 15 or newer; absent: an embedded server"
+    )
+    database_direct_url: str | None = Field(
+        default=None,
+        description="the same database past a transaction pooler, for LISTEN and migrations",
+    )
+    home: Path = Field(
+        default_factory=default_home, description="folder of the embedded server and its key"
+    )
+    secret_key: str | None = Field(
+        default=None,
+        repr=False,
+        description="key(s) that seal providers' secrets, `id:base64,…`; embedded: generated once",
+    )
+    embedded_postgres: int | None = Field(
+        default=None, description="version of a new embedded server: 16 or 18"
+    )
+    host: str = Field(default="127.0.0.1", description="address the API listens on")
+    port: int = Field(default=8080, ge=0, le=65535, description="port the API listens on")
+    base_path: str = Field(default="", description="prefix of every route, such as /api")
+    log_level: str = Field(default="info", description="debug, info, warning or error")
+    pool_size: int = Field(default=10, ge=2, description="database connections per process")
+
+    concurrency: int = Field(default=1000, ge=1, description="calls in flight per worker process")
+    max_attempts: int = Field(default=5, ge=1, le=100, description="failures before an item fails")
+    max_crashes: int = Field(
+        default=3, ge=1, description="crashes alone in its worker before an item fails"
+    )
+    backoff_base_s: float = Field(default=1.0, gt=0, description="first retry waits up to this")
+    backoff_cap_s: float = Field(default=60.0, gt=0, description="no retry waits longer than this")
+    guard_s: float = Field(
+        default=1.0, ge=0, description="a call not sent this soon after its claim is given back"
+    )
+    lease_grace_s: float = Field(
+        default=60.0, gt=0, description="a lease is the call's timeout plus this"
+    )
+    flush_items: int = Field(default=500, ge=1, description="outcomes per commit at most")
+    flush_ms: int = Field(default=20, ge=0, description="longest time an outcome waits for others")
+    heartbeat_s: float = Field(default=5.0, gt=0, description="how often a worker shows it lives")
+    dead_after_s: float = Field(default=20.0, gt=0, description="silence after which it is dead")
+    drain_s: float = Field(default=30.0, ge=0, description="time to finish calls on SIGTERM")
+    max_unwritten: int = Field(
+        default=5000, ge=1, description="outcomes kept while the database is away"
+    )
+
+    max_body_bytes: int = Field(
+        default=100 * 1024 * 1024, ge=1024, description="largest request body"
+    )
+    max_items: int = Field(default=1_000_000, ge=1, description="most items of one batch")
+    max_item_bytes: int = Field(
+        default=8 * 1024 * 1024, ge=256, description="largest request of one item"
+    )
+    max_response_bytes: int = Field(
+        default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
+    )
+    default_timeout_ms: int = Field(
+        default=300_000, ge=100, description="one provider call, where nothing else is said"
+    )
+    ledger_keep_hours: int = Field(default=48, ge=2, description="how long ledger slots are kept")
+    sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
+
+    @property
+    def direct_url(self) -> str | None:
+        """Where LISTEN and migrations connect."""
+        return self.database_direct_url or self.database_url
+
+
+def load(overrides: Mapping[str, object] | None = None) -> Settings:
+    """Settings from the environment; ``overrides`` (flags that are not None) win.
+
+    Raises SettingsError naming the variable, what is wrong with it, and unknown SLUICE_ names.
+    """
+    known = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    given: dict[str, object] = {}
+    for variable, value in os.environ.items():
+        if variable in known and value != "":
+            given[known[variable]] = value
+        elif variable.startswith(PREFIX) and variable not in known and "_TEST_" not in variable:
+            close = ", ".join(sorted(known))
+            raise SettingsError(f"{variable} is not a setting of Sluice. It knows: {close}.")
+    given |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    try:
+        return Settings.model_validate(given)
+    except PydanticError as error:
+        first = error.errors()[0]
+        name = PREFIX + str(first["loc"][0]).upper()
+        raise SettingsError(f"{name} cannot be used: {first['msg']}.") from None
+
+
+def describe() -> str:
+    """The settings as a Markdown table, for README.md."""
+    rows = ["| setting | default | what for |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "`~/.sluice`, as root `/var/lib/sluice`" if name == "home" else field.default
+        shown = "–" if default in (None, "") else default if name == "home" else f"`{default}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(rows)

@@ -1,0 +1,1 @@
+"""Benchmarks. Each states its method first: hardware, settings, workload, what is emulated."""

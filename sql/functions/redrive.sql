@@ -1,0 +1,94 @@
+-- redrive: put failed items of an ended batch back in line, with fresh counts of failures and crashes.
+--
+-- The failed result gives way to the next one; the attempts stay as history, and numbers go on counting.
+-- Lock order: items → flows → batch → ready. An ended batch becomes running again; its events go on.
+create or replace function redrive(p_workspace_id uuid, p_batch_id uuid, p_most int) returns int
+language plpgsql volatile
+set enable_seqscan = off
+as $$
+declare
+    v_now timestamptz := clock_timestamp();
+    v_day date;
+    v_seqs int[];
+begin
+    select b.batch_day into v_day
+    from batches b
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id and b.status <> 'cancelled';
+    if not found then
+        return 0;
+    end if;
+    with due as (
+        select i.seq
+        from items i
+        where i.workspace_id = p_workspace_id
+            and i.batch_day = v_day
+            and i.batch_id = p_batch_id
+            and i.status = 'failed'
+            and i.attempt > 0
+        order by i.seq
+        limit p_most
+        for no key update skip locked
+    ),
+    gone as (
+        delete from item_results r
+        using due d
+        where r.workspace_id = p_workspace_id
+            and r.batch_day = v_day
+            and r.batch_id = p_batch_id
+            and r.seq = d.seq
+    ),
+    back as (
+        update items i
+        set status = 'pending', ended_reason = null, ended_at = null, failures = 0, crashes = 0,
+            crashes_alone = 0, visible_at = v_now
+        from due d
+        where i.workspace_id = p_workspace_id
+            and i.batch_day = v_day
+            and i.batch_id = p_batch_id
+            and i.seq = d.seq
+        returning i.seq
+    )
+    select array_agg(b.seq order by b.seq) into v_seqs from back b;
+    if v_seqs is null then
+        return 0;
+    end if;
+    perform 1 from flows f
+    where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id
+    order by f.resource_id
+    for no key update;
+    update flows f
+    set failed = f.failed - back.items,
+        pending = f.pending + back.items,
+        is_open = true,
+        virtual_time = greatest(f.virtual_time, flow_entry(p_workspace_id, f.resource_id))
+    from (
+        select i.resource_id, count(*)::int as items
+        from items i
+        where i.workspace_id = p_workspace_id
+            and i.batch_day = v_day
+            and i.batch_id = p_batch_id
+            and i.seq = any (v_seqs)
+        group by i.resource_id
+    ) back
+    where f.workspace_id = p_workspace_id
+        and f.batch_id = p_batch_id
+        and f.resource_id = back.resource_id;
+    update batches b
+    set status = 'running', completed_at = null
+    where b.workspace_id = p_workspace_id
+        and b.batch_id = p_batch_id
+        and b.status in ('completed', 'failed');
+    perform event_append(p_workspace_id, v_day, p_batch_id, 'item-retrying', v_seqs, v_now);
+    update ready r
+    set next_at = v_now
+    from (
+        select f.resource_id from flows f
+        where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.pending > 0
+    ) woken
+    where r.workspace_id = p_workspace_id
+        and r.resource_id = woken.resource_id
+        and r.next_at > v_now;
+    return cardinality(v_seqs);
+end
+$$;
+comment on function redrive(uuid, uuid, int) is 'Put failed items of a batch back in line; how many.';

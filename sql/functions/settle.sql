@@ -1,0 +1,492 @@
+-- settle: record what came back, many calls at a time. And the tail that it shares with reclaim and cancel.
+--
+-- What it does, in one transaction: the item's new state, its result, the attempt's row, the ledger (true
+-- usage in place of the reservation, in the slot where it was reserved), the flow's counters, the events, and
+-- the end of the batch. Group commit is what makes it fast: a hundred outcomes in a commit cost little more
+-- than one.
+--
+-- Who may change what (design §9). A success closes an item that is not terminal, whatever its attempt: a
+-- late answer was paid for. Every other transition needs the current attempt of a running item. What does not
+-- pass is recorded as an attempt only. An attempt is settled exactly once through its row: the insert wins, or
+-- turns a row that says lost into what really came back; so a flush may be repeated after a lost
+-- acknowledgement and changes nothing the second time.
+--
+-- Lock order: items (SKIP LOCKED, in key order; those skipped are returned as not settled and come again with
+-- the next flush) → ledger slots → flows → batches → ready. It takes no scope mutex: an admission beside it
+-- reads the reservation instead of the usage, which is the older of two true answers.
+create or replace function settle(
+    p_workspace_id uuid, p_worker_id uuid, p_outcomes json, p_bodies text[]
+)
+returns table (ord int, settled boolean, batch_id uuid, resource_id uuid, becomes text)
+language plpgsql volatile
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    v_now timestamptz := clock_timestamp();
+    v_given given_outcome[];
+    v_changed settled_item[];
+    v_becomes work_status[];
+    v_unsettled int[];
+    v_refunds jsonb;
+    v_refunded uuid[];
+begin
+    select array_agg(g order by g.ord) into v_given
+    from json_populate_recordset(null::given_outcome, p_outcomes) g;
+
+    -- 1. Lock, then look: the items of these outcomes, and which of them may change how.
+    with given as materialized (
+        select g.ord, g.batch_day, g.batch_id, g.seq, g.attempt, g.outcome, g.wait_s
+        from unnest(v_given) g
+    ),
+    held as materialized (
+        select g.ord, g.outcome, g.wait_s, i.batch_day, i.batch_id, i.seq, i.resource_id, i.status,
+            i.attempt, i.failures, i.crashes, i.max_attempts,
+            i.status = 'running' and i.attempt = g.attempt as current
+        from given g
+        join items i on i.batch_day = g.batch_day and i.batch_id = g.batch_id and i.seq = g.seq
+        where i.workspace_id = p_workspace_id
+        order by i.batch_day, i.batch_id, i.seq
+        for no key update of i skip locked
+    ),
+    decided as materialized (
+        select h.*,
+            case
+                when outcome = 'answered' and status = 'running' then 'completed'
+                -- A cancelled item keeps its status, also while its row still says pending.
+                when outcome = 'answered' and status = 'pending' and not exists (
+                    select from flows f
+                    where f.workspace_id = p_workspace_id
+                        and f.batch_id = h.batch_id
+                        and f.resource_id = h.resource_id
+                        and f.is_cancelled
+                ) then 'completed'
+                when not current then null
+                when outcome in ('rejected', 'impossible') then 'failed'
+                when outcome = 'unreachable' and failures + 1 >= max_attempts then 'failed'
+                else 'pending'
+            end::work_status as becomes
+        from held h
+    )
+    select (
+            select array_agg(row(ord, batch_day, batch_id, resource_id, seq, attempt, status, becomes,
+                case
+                    when becomes = 'completed' then 'answered'
+                    when becomes = 'failed' and outcome = 'unreachable' then 'exhausted'
+                    when becomes = 'failed' then outcome::text
+                end::ended_reason,
+                case when becomes = 'pending'
+                    then v_now + make_interval(secs => coalesce(wait_s, 0)) end,
+                failures + (outcome = 'unreachable')::int, crashes)::settled_item
+                order by batch_day, batch_id, seq)
+            from decided
+            where becomes is not null
+        ),
+        -- By position, so that what follows looks a transition up instead of joining.
+        (
+            select array_agg(becomes order by ord)
+            from (
+                select ord, max(becomes) as becomes
+                from (
+                    select ord, null::work_status as becomes from given
+                    union all
+                    select ord, becomes from decided
+                ) either
+                group by ord
+            ) each_one
+        ),
+        (select array_agg(ord) from (select ord from given except select ord from held) skipped)
+    into v_changed, v_becomes, v_unsettled;
+    v_unsettled := coalesce(v_unsettled, '{}');
+
+    -- 2. Attempts, each once; what they give back to the ledger.
+    with given as materialized (
+        select g.* from unnest(v_given) g where g.ord <> all (v_unsettled)
+    ),
+    called as (
+        insert into attempts as a (
+            workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, connection_id,
+            worker_id, claimed_at, started_at, ended_at, latency_ms, status_code, error_code,
+            error_message, model, provider_request_id, reserved_limits, reserved_input_tokens,
+            reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
+            cached_tokens, reasoning_tokens
+        )
+        select p_workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, connection_id,
+            p_worker_id, claimed_at, started_at, coalesce(ended_at, v_now), latency_ms, status_code,
+            error_code, error_message, model, request_id, limit_ids, reserved_input_tokens,
+            reserved_output_tokens, (not refund)::int,
+            case when refund then 0 else coalesce(input_tokens, reserved_input_tokens) end,
+            case when refund then 0 else coalesce(output_tokens, reserved_output_tokens) end,
+            cached_tokens, reasoning_tokens
+        from given
+        where outcome not in ('unsent', 'impossible')
+        order by batch_day, batch_id, seq, attempt
+        on conflict (workspace_id, batch_day, batch_id, seq, attempt) do update
+        set outcome = excluded.outcome, connection_id = excluded.connection_id,
+            started_at = excluded.started_at, ended_at = excluded.ended_at,
+            latency_ms = excluded.latency_ms, status_code = excluded.status_code,
+            error_code = excluded.error_code, error_message = excluded.error_message,
+            model = excluded.model, provider_request_id = excluded.provider_request_id,
+            charged_requests = excluded.charged_requests,
+            charged_input_tokens = excluded.charged_input_tokens,
+            charged_output_tokens = excluded.charged_output_tokens,
+            cached_tokens = excluded.cached_tokens, reasoning_tokens = excluded.reasoning_tokens
+        where a.outcome = 'lost'
+        returning a.resource_id, a.claimed_at, a.reserved_limits,
+            a.charged_requests - 1 as requests,
+            a.charged_input_tokens - a.reserved_input_tokens as input_tokens,
+            a.charged_output_tokens - a.reserved_output_tokens as output_tokens
+    ),
+    -- Released unsent: no call was made, so there is no row, unless reclaim wrote one that says lost.
+    recalled as (
+        update attempts a
+        set outcome = 'unsent', charged_requests = 0, charged_input_tokens = 0,
+            charged_output_tokens = 0, error_code = 'unsent',
+            error_message = 'it was not sent after all'
+        from given g
+        where g.outcome = 'unsent'
+            and v_becomes[g.ord] is null
+            and a.workspace_id = p_workspace_id
+            and a.batch_day = g.batch_day
+            and a.batch_id = g.batch_id
+            and a.seq = g.seq
+            and a.attempt = g.attempt
+            and a.outcome = 'lost'
+        returning a.resource_id, a.claimed_at, a.reserved_limits, -1 as requests,
+            -a.reserved_input_tokens as input_tokens, -a.reserved_output_tokens as output_tokens
+    ),
+    released as (
+        select g.resource_id, g.claimed_at, g.limit_ids as reserved_limits, -1 as requests,
+            -g.reserved_input_tokens as input_tokens, -g.reserved_output_tokens as output_tokens
+        from given g
+        where g.outcome = 'unsent' and v_becomes[g.ord] is not null
+    ),
+    moved as (
+        select * from called union all select * from recalled union all select * from released
+    )
+    select jsonb_agg(d), array_agg(distinct d.resource_id)
+        filter (where d.requests < 0 or d.input_tokens + d.output_tokens < 0)
+    into v_refunds, v_refunded
+    from (
+        select m.resource_id, l.limit_id, m.claimed_at, sum(m.requests) as requests,
+            sum(m.input_tokens) as input_tokens, sum(m.output_tokens) as output_tokens
+        from moved m
+        cross join unnest(m.reserved_limits) as l (limit_id)
+        group by m.resource_id, l.limit_id, m.claimed_at
+    ) d
+    where d.requests <> 0 or d.input_tokens <> 0 or d.output_tokens <> 0;
+
+    -- 3. Items and results.
+    perform items_change(p_workspace_id, v_changed, v_now);
+    insert into item_results (
+        workspace_id, batch_day, batch_id, seq, attempt, ended_at, status_code, input_tokens,
+        output_tokens, model, error_code, error_message, headers, body
+    )
+    select p_workspace_id, g.batch_day, g.batch_id, g.seq, g.attempt, v_now, g.status_code,
+        g.input_tokens, g.output_tokens, g.model, g.error_code, g.error_message, g.headers,
+        p_bodies[g.ord]::json
+    from unnest(v_given) g
+    where v_becomes[g.ord] in ('completed', 'failed')
+    on conflict do nothing;
+
+    -- 4. The ledger, in the slots of the claims.
+    perform ledger_adjust(p_workspace_id, v_refunds);
+
+    -- 5. Flows, batches, events, ready.
+    perform flows_change(p_workspace_id, v_changed, v_now, (
+        select jsonb_agg(jsonb_build_object('batch_id', g.batch_id, 'resource_id', g.resource_id,
+            'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens, 'drift', g.drift))
+        from (
+            select o.batch_id, o.resource_id,
+                coalesce(sum(o.input_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                    as input_tokens,
+                coalesce(sum(o.output_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                    as output_tokens,
+                sum(case
+                    when o.outcome = 'unsent' or o.refund
+                        then -greatest(o.reserved_input_tokens + o.reserved_output_tokens, 1)
+                    else coalesce(o.input_tokens + o.output_tokens
+                        - o.reserved_input_tokens - o.reserved_output_tokens, 0)
+                end) as drift
+            from unnest(v_given) o
+            where v_becomes[o.ord] is not null
+            group by o.batch_id, o.resource_id
+        ) g
+    ));
+
+    -- 6. A resource that the provider asked to leave alone; capacity that was given back.
+    insert into resource_states as s (workspace_id, resource_id, blocked_until, blocked_reason)
+    select p_workspace_id, g.resource_id, v_now + make_interval(secs => max(g.wait_s)),
+        max(g.error_code)
+    from unnest(v_given) g
+    where g.outcome = 'throttled'
+    group by g.resource_id
+    order by g.resource_id
+    on conflict (workspace_id, resource_id) do update
+    set blocked_until = excluded.blocked_until, blocked_reason = excluded.blocked_reason
+    where s.blocked_until < excluded.blocked_until;
+
+    perform 1 from ready r
+    where r.workspace_id = p_workspace_id
+        and r.resource_id = any (v_refunded)
+        and r.next_at > v_now
+        and r.next_at < 'infinity'
+    order by r.resource_id
+    for no key update;
+    update ready r
+    set next_at = v_now
+    where r.workspace_id = p_workspace_id
+        and r.resource_id = any (v_refunded)
+        and r.next_at > v_now
+        and r.next_at < 'infinity';
+
+    return query
+    select g.ord, g.ord <> all (v_unsettled), g.batch_id, g.resource_id, v_becomes[g.ord]::text
+    from unnest(v_given) g;
+end
+$$;
+comment on function settle(uuid, uuid, json, text[]) is
+    'Record the outcomes of calls. See sql/functions/settle.sql.';
+
+-- Write the new state of items whose rows the caller has locked.
+create or replace function items_change(
+    p_workspace_id uuid, p_changed settled_item[], p_now timestamptz
+)
+returns void
+language sql volatile
+as $$
+    update items i
+    set status = c.becomes,
+        ended_reason = c.reason,
+        ended_at = case when c.becomes = 'pending' then null else p_now end,
+        visible_at = coalesce(c.visible_at, i.visible_at),
+        failures = c.failures,
+        crashes = c.crashes,
+        worker_id = null,
+        claimed_at = null,
+        reserved_limits = null,
+        reserved_input_tokens = null,
+        reserved_output_tokens = null
+    from unnest(p_changed) c
+    where i.workspace_id = p_workspace_id
+        and i.batch_day = c.batch_day
+        and i.batch_id = c.batch_id
+        and i.seq = c.seq
+$$;
+comment on function items_change(uuid, settled_item[], timestamptz) is
+    'Write the new state of locked items.';
+
+-- Add differences to ledger slots: locked first, in key order, because two settlings share slots.
+create or replace function ledger_adjust(p_workspace_id uuid, p_differences jsonb) returns void
+language plpgsql volatile
+as $$
+begin
+    if p_differences is null then
+        return;
+    end if;
+    with difference as (
+        select l.limit_id, slot_of(l.period, d.claimed_at) as slot_at, sum(d.requests) as requests,
+            sum(d.input_tokens) as input_tokens, sum(d.output_tokens) as output_tokens
+        from jsonb_to_recordset(p_differences) as d (
+            limit_id uuid, claimed_at timestamptz, requests bigint, input_tokens bigint,
+            output_tokens bigint
+        )
+        join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
+        group by l.limit_id, slot_of(l.period, d.claimed_at)
+    ),
+    held as materialized (
+        select g.limit_id, g.slot_at, d.requests, d.input_tokens, d.output_tokens
+        from ledger g
+        join difference d on d.limit_id = g.limit_id and d.slot_at = g.slot_at
+        where g.workspace_id = p_workspace_id
+        order by g.limit_id, g.slot_at
+        for no key update of g
+    )
+    update ledger g
+    set requests = g.requests + h.requests,
+        input_tokens = g.input_tokens + h.input_tokens,
+        output_tokens = g.output_tokens + h.output_tokens
+    from held h
+    where g.workspace_id = p_workspace_id and g.limit_id = h.limit_id and g.slot_at = h.slot_at;
+end
+$$;
+comment on function ledger_adjust(uuid, jsonb) is 'Add differences to ledger slots, locked in order.';
+
+-- Move the counters of flows, write the events, end the batches, and make known what is due again.
+-- p_usage: per flow the tokens of answered items, and drift, what settling corrected virtual time by.
+--
+-- A flow that was cancelled meanwhile turns every return to pending into cancelled; the rows say pending
+-- until cancel_chunk has marked them (unmarked counts those).
+create or replace function flows_change(
+    p_workspace_id uuid, p_changed settled_item[], p_now timestamptz, p_usage jsonb
+)
+returns void
+language plpgsql volatile
+as $$
+declare
+    v_flow record;
+    v_held record;
+    v_batch record;
+begin
+    for v_flow in
+        select c.batch_id, c.resource_id, min(c.batch_day) as batch_day,
+            count(*) filter (where c.was = 'running')::int as left_running,
+            count(*) filter (where c.was = 'pending')::int as left_pending,
+            count(*) filter (where c.was = 'pending' and c.attempt = 0)::int as left_unstarted,
+            count(*) filter (where c.becomes = 'pending')::int as to_pending,
+            count(*) filter (where c.becomes = 'completed')::int as to_completed,
+            count(*) filter (where c.becomes = 'failed')::int as to_failed,
+            min(c.visible_at) filter (where c.becomes = 'pending') as due_at,
+            max(u.input_tokens) as input_tokens,
+            max(u.output_tokens) as output_tokens,
+            max(u.drift) as drift
+        from unnest(p_changed) c
+        left join jsonb_to_recordset(p_usage) as u (
+            batch_id uuid, resource_id uuid, input_tokens bigint, output_tokens bigint,
+            drift double precision
+        ) on u.batch_id = c.batch_id and u.resource_id = c.resource_id
+        group by c.batch_id, c.resource_id
+        order by c.batch_id, c.resource_id
+    loop
+        select f.is_cancelled, f.pending, f.virtual_time into strict v_held
+        from flows f
+        where f.workspace_id = p_workspace_id
+            and f.batch_id = v_flow.batch_id
+            and f.resource_id = v_flow.resource_id
+        for no key update;
+        -- What waited for nothing but its own calls re-enters at the virtual time of the others.
+        if v_held.pending = 0 and v_flow.to_pending > 0 and not v_held.is_cancelled then
+            v_held.virtual_time := greatest(
+                v_held.virtual_time, flow_entry(p_workspace_id, v_flow.resource_id));
+        end if;
+        update flows f
+        set running = f.running - v_flow.left_running,
+            unstarted = f.unstarted - case when f.is_cancelled then 0 else v_flow.left_unstarted end,
+            pending = f.pending + case when f.is_cancelled then 0
+                else v_flow.to_pending - v_flow.left_pending end,
+            cancelled = f.cancelled + case when f.is_cancelled
+                then v_flow.to_pending - v_flow.left_pending else 0 end,
+            unmarked = f.unmarked + case when f.is_cancelled
+                then v_flow.to_pending - v_flow.left_pending else 0 end,
+            completed = f.completed + v_flow.to_completed,
+            failed = f.failed + v_flow.to_failed,
+            retries = f.retries + v_flow.to_pending,
+            input_tokens = f.input_tokens + coalesce(v_flow.input_tokens, 0),
+            output_tokens = f.output_tokens + coalesce(v_flow.output_tokens, 0),
+            virtual_time = greatest(
+                v_held.virtual_time + coalesce(v_flow.drift, 0) / f.weight, 0),
+            is_open = f.total > f.completed + f.failed + f.cancelled
+                + v_flow.to_completed + v_flow.to_failed
+                + case when f.is_cancelled then v_flow.to_pending - v_flow.left_pending else 0 end
+                or f.unmarked + case when f.is_cancelled
+                    then v_flow.to_pending - v_flow.left_pending else 0 end > 0
+        where f.workspace_id = p_workspace_id
+            and f.batch_id = v_flow.batch_id
+            and f.resource_id = v_flow.resource_id;
+    end loop;
+
+    for v_batch in
+        select c.batch_id, min(c.batch_day) as batch_day,
+            array_agg(c.seq order by c.seq) filter (where c.becomes = 'completed') as completed,
+            array_agg(c.seq order by c.seq) filter (where c.becomes = 'failed') as failed,
+            array_agg(c.seq order by c.seq) filter (where c.becomes = 'pending') as retrying
+        from unnest(p_changed) c
+        group by c.batch_id
+        order by c.batch_id
+    loop
+        if v_batch.completed is not null then
+            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
+                'item-completed', v_batch.completed, p_now);
+        end if;
+        if v_batch.failed is not null then
+            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
+                'item-failed', v_batch.failed, p_now);
+        end if;
+        if v_batch.retrying is not null and not exists (
+            select from batches b
+            where b.workspace_id = p_workspace_id
+                and b.batch_id = v_batch.batch_id
+                and b.status = 'cancelled'
+        ) then
+            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
+                'item-retrying', v_batch.retrying, p_now);
+        end if;
+        perform batch_finish(p_workspace_id, v_batch.batch_day, v_batch.batch_id, p_now);
+    end loop;
+
+    -- Ready rows last, in order; a claim that holds one reads the flows after it has locked it.
+    for v_flow in
+        select c.resource_id, min(c.visible_at) as due_at
+        from unnest(p_changed) c
+        where c.becomes = 'pending'
+        group by c.resource_id
+        order by c.resource_id
+    loop
+        update ready r
+        set next_at = v_flow.due_at
+        where r.workspace_id = p_workspace_id
+            and r.resource_id = v_flow.resource_id
+            and r.next_at > v_flow.due_at;
+    end loop;
+end
+$$;
+comment on function flows_change(uuid, settled_item[], timestamptz, jsonb) is
+    'Counters, events and ends that follow from items'' transitions.';
+
+-- The virtual time at which a flow of a resource (re-)enters: that of the one served next.
+create or replace function flow_entry(p_workspace_id uuid, p_resource_id uuid)
+returns double precision
+language sql stable
+as $$
+    select coalesce(min(f.virtual_time), 0)
+    from flows f
+    where f.workspace_id = p_workspace_id
+        and f.resource_id = p_resource_id
+        and f.is_open
+        and not f.is_paused
+        and not f.is_cancelled
+        and f.pending > 0
+$$;
+comment on function flow_entry(uuid, uuid) is 'Virtual time at which a flow of a resource enters.';
+
+-- End a batch when all of its flows have ended. The caller holds the flows it changed; the batch's row
+-- lock makes the last of several settlings see what the others committed.
+create or replace function batch_finish(
+    p_workspace_id uuid, p_batch_day date, p_batch_id uuid, p_now timestamptz
+)
+returns work_status
+language plpgsql volatile
+as $$
+declare
+    v_status work_status;
+    v_open boolean;
+    v_failed bigint;
+begin
+    select b.status into v_status
+    from batches b
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id and b.completed_at is null
+    for no key update;
+    if not found then
+        return null;
+    end if;
+    select bool_or(f.is_open), sum(f.failed) into v_open, v_failed
+    from flows f
+    where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id;
+    if v_open then
+        return null;
+    end if;
+    if v_status <> 'cancelled' then
+        v_status := case when v_failed > 0 then 'failed' else 'completed' end;
+    end if;
+    update batches b
+    set status = v_status, completed_at = p_now
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
+    perform event_append(
+        p_workspace_id, p_batch_day, p_batch_id, ('batch-' || v_status)::event_kind, null, p_now);
+    return v_status;
+end
+$$;
+comment on function batch_finish(uuid, date, uuid, timestamptz) is
+    'End a batch whose flows have all ended.';

@@ -1,0 +1,113 @@
+-- Batches and their flows: create, read, list.
+
+-- name: batch_insert
+-- Store a batch; its items are already there, in the same transaction.
+insert into batches (
+    workspace_id, batch_id, environment_id, batch_day, type, endpoint, name, metadata, capacity,
+    callback_options, priority, total_items, estimated_input_tokens, idempotency_key, request_hash,
+    created_by_api_key_id, created_at
+)
+values (
+    %(workspace_id)s, %(batch_id)s, %(environment_id)s, %(batch_day)s, %(type)s, %(endpoint)s, %(name)s,
+    %(metadata)s, %(capacity)s, %(callback_options)s, %(priority)s, %(total_items)s,
+    %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s, clock()
+);
+
+-- name: flows_insert
+-- Store a batch's flows. A new flow enters at the virtual time of the flow served next.
+insert into flows (
+    workspace_id, batch_id, resource_id, batch_day, priority, virtual_time, total, unstarted, pending
+)
+select %(workspace_id)s, %(batch_id)s, g.resource_id, %(batch_day)s, %(priority)s,
+    flow_entry(%(workspace_id)s, g.resource_id), g.items, g.items, g.items
+from unnest(%(resource_ids)s::uuid[], %(items)s::int[]) as g (resource_id, items)
+order by g.resource_id;
+
+-- name: ready_now
+-- Make known that resources have work. Last in its transaction: claims wait for these rows. Locks them in order.
+insert into ready as r (workspace_id, resource_id, next_at)
+select %(workspace_id)s, g.resource_id, clock_timestamp()
+from unnest(%(resource_ids)s::uuid[]) as g (resource_id)
+order by g.resource_id
+on conflict (workspace_id, resource_id) do update
+set next_at = excluded.next_at
+where r.next_at > excluded.next_at;
+
+-- name: event_append
+-- Append an event of the batch itself; its number.
+select event_append(
+    %(workspace_id)s, %(batch_day)s, %(batch_id)s, %(kind)s::event_kind, null, clock()
+) as no;
+
+-- name: batch_get
+-- One batch and the sum of its flows.
+select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
+    b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
+    b.total_items, b.estimated_input_tokens, b.idempotency_key, b.request_hash, b.created_by_api_key_id,
+    b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
+from batches b
+cross join lateral (
+    select sum(f.pending)::int as pending, sum(f.running)::int as running,
+        sum(f.completed)::int as completed, sum(f.failed)::int as failed,
+        sum(f.cancelled)::int as cancelled, sum(f.retries)::int as retries,
+        sum(f.input_tokens)::bigint as input_tokens, sum(f.output_tokens)::bigint as output_tokens,
+        bool_and(f.is_paused) as is_paused
+    from flows f
+    where f.workspace_id = b.workspace_id and f.batch_id = b.batch_id
+) f
+where b.workspace_id = %(workspace_id)s
+    and b.environment_id = %(environment_id)s
+    and b.batch_id = %(batch_id)s;
+
+-- name: batches_page
+-- Batches of an environment, newest first, below a given id.
+select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
+    b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
+    b.total_items, b.estimated_input_tokens, b.idempotency_key, b.request_hash, b.created_by_api_key_id,
+    b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
+from batches b
+cross join lateral (
+    select sum(f.pending)::int as pending, sum(f.running)::int as running,
+        sum(f.completed)::int as completed, sum(f.failed)::int as failed,
+        sum(f.cancelled)::int as cancelled, sum(f.retries)::int as retries,
+        sum(f.input_tokens)::bigint as input_tokens, sum(f.output_tokens)::bigint as output_tokens,
+        bool_and(f.is_paused) as is_paused
+    from flows f
+    where f.workspace_id = b.workspace_id and f.batch_id = b.batch_id
+) f
+where b.workspace_id = %(workspace_id)s
+    and b.environment_id = %(environment_id)s
+    and (%(before)s::uuid is null or b.batch_id < %(before)s::uuid)
+    and (%(status)s::work_status is null or b.status = %(status)s::work_status)
+order by b.batch_id desc
+limit %(most)s;
+
+-- name: batch_by_idempotency_key
+-- The batch that a key already created.
+select batch_id, request_hash
+from batches
+where workspace_id = %(workspace_id)s
+    and environment_id = %(environment_id)s
+    and idempotency_key = %(idempotency_key)s;
+
+-- name: idempotency_lock
+-- Make a concurrent creation with the same key wait for this transaction.
+select pg_advisory_xact_lock(
+    hashtextextended(%(workspace_id)s::text || %(environment_id)s::text || %(idempotency_key)s, 0)
+)::text as locked;
+
+-- name: batch_resources
+-- The resources that a batch uses.
+select resource_id from flows
+where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s;
+
+-- name: run_batches
+-- The batches of one run of the command line, in the order of their rows.
+select batch_id, batch_day, status::text as status, total_items, (metadata ->> 'firstRow')::int as first_row
+from batches
+where workspace_id = %(workspace_id)s
+    and environment_id = %(environment_id)s
+    and idempotency_key like %(run)s || ':%%'
+order by first_row;

@@ -1,0 +1,83 @@
+-- Items with their texts: read one, read a page, stream all. An item of a cancelled flow reads as cancelled from the
+-- cancel's commit on, also while its row still says pending.
+
+-- name: items_page
+-- Items of a batch from a number on, in order, optionally only those of one status.
+select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures,
+    i.input_tokens as estimated_input_tokens, i.visible_at, i.claimed_at, coalesce(i.ended_at, b.cancelled_at)
+        as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
+    r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code, r.error_message
+from batches b
+join items i on i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
+join flows f on f.workspace_id = i.workspace_id
+    and f.batch_id = i.batch_id
+    and f.resource_id = i.resource_id
+cross join lateral (
+    select case when f.is_cancelled and i.status = 'pending' then 'cancelled' else i.status::text end
+        as status
+) s
+join item_requests q on q.workspace_id = i.workspace_id
+    and q.batch_day = i.batch_day
+    and q.batch_id = i.batch_id
+    and q.seq = i.seq
+left join item_results r on r.workspace_id = i.workspace_id
+    and r.batch_day = i.batch_day
+    and r.batch_id = i.batch_id
+    and r.seq = i.seq
+where b.workspace_id = %(workspace_id)s
+    and b.batch_id = %(batch_id)s
+    and i.batch_day = %(batch_day)s
+    and q.batch_day = %(batch_day)s
+    and i.seq >= %(from_seq)s
+    and (%(status)s::text is null or s.status = %(status)s)
+order by i.seq
+limit %(most)s;
+
+-- name: items_some
+-- Given items of a batch, in order: what an events frame needs.
+select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures,
+    i.input_tokens as estimated_input_tokens, i.visible_at, i.claimed_at, coalesce(i.ended_at, b.cancelled_at)
+        as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
+    r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code, r.error_message
+from batches b
+join items i on i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
+join flows f on f.workspace_id = i.workspace_id
+    and f.batch_id = i.batch_id
+    and f.resource_id = i.resource_id
+cross join lateral (
+    select case when f.is_cancelled and i.status = 'pending' then 'cancelled' else i.status::text end
+        as status
+) s
+join item_requests q on q.workspace_id = i.workspace_id
+    and q.batch_day = i.batch_day
+    and q.batch_id = i.batch_id
+    and q.seq = i.seq
+left join item_results r on r.workspace_id = i.workspace_id
+    and r.batch_day = i.batch_day
+    and r.batch_id = i.batch_id
+    and r.seq = i.seq
+where b.workspace_id = %(workspace_id)s
+    and b.batch_id = %(batch_id)s
+    and i.batch_day = %(batch_day)s
+    and i.seq = any (%(seqs)s::int[])
+order by i.seq;
+
+-- name: results_stream
+-- State and answer of every item in input order, without the requests: for writing output files.
+select i.seq, i.status::text as status, r.status_code, r.body::text as response, r.error_code, r.error_message,
+    q.custom_id
+from items i
+join item_requests q on q.workspace_id = i.workspace_id
+    and q.batch_day = i.batch_day
+    and q.batch_id = i.batch_id
+    and q.seq = i.seq
+left join item_results r on r.workspace_id = i.workspace_id
+    and r.batch_day = i.batch_day
+    and r.batch_id = i.batch_id
+    and r.seq = i.seq
+where i.workspace_id = %(workspace_id)s and i.batch_day = %(batch_day)s and i.batch_id = %(batch_id)s
+order by i.seq;
+
+-- name: items_redrive
+-- Put failed items of a batch back, with fresh failures and crashes; how many. See sql/functions/redrive.sql.
+select redrive(%(workspace_id)s, %(batch_id)s, %(most)s) as redriven;

@@ -1,0 +1,673 @@
+-- The tables of Sluice, as they are now, in reading order. Migrations are the deltas; a test proves
+-- that both agree. sql/README.md explains the words, the units and what is a public contract.
+--
+-- Three rules shape everything here:
+--   * every tenant table's key begins with workspace_id, so that the tenant can become a shard;
+--   * items are narrow and mutable, their texts lie in immutable tables beside them;
+--   * the rows of a batch are partitioned by batch_day, the UTC day in the batch's UUIDv7.
+
+-- Types ------------------------------------------------------------------------------------------
+
+create type work_status as enum ('pending', 'running', 'completed', 'failed', 'cancelled');
+comment on type work_status is 'State of an item, and of a batch. The last three are terminal.';
+
+create type ended_reason as enum
+    ('answered', 'rejected', 'exhausted', 'crashed', 'expired', 'impossible', 'cancelled');
+comment on type ended_reason is 'Why an item ended.';
+
+create type attempt_outcome as enum
+    ('answered', 'rejected', 'throttled', 'unreachable', 'lost', 'unsent', 'impossible');
+comment on type attempt_outcome is
+    'How one provider call ended. lost: its worker vanished, the call may have been made. unsent: '
+    'known never to have left the worker. impossible: larger than a limit, never sent.';
+
+create type batch_type as enum ('sync', 'async', 'callback');
+comment on type batch_type is 'How the creator follows a batch: by stream, by polling, by callback.';
+
+create type limit_period as enum ('minute', 'hour', 'day', 'week', 'month', 'lifetime');
+comment on type limit_period is
+    'What a limit counts over. minute and hour slide; day, week and month are those of the UTC '
+    'calendar; lifetime never resets.';
+
+create type scope_kind as enum ('connection', 'resource', 'api_key', 'batch');
+comment on type scope_kind is 'What a limit may be set on.';
+
+create type event_kind as enum (
+    'batch-created', 'batch-running', 'batch-completed', 'batch-failed', 'batch-cancelled',
+    'item-running', 'item-completed', 'item-failed', 'item-retrying', 'item-cancelled'
+);
+comment on type event_kind is 'What happened; the same word is the action of an SSE frame.';
+
+create type taken_item as (
+    batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
+    resource_id uuid, input_tokens int, output_tokens int, impossible boolean
+);
+comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
+
+create type given_outcome as (
+    ord int, batch_day date, batch_id uuid, resource_id uuid, connection_id uuid, seq int, attempt int,
+    outcome attempt_outcome, refund boolean, wait_s double precision, claimed_at timestamptz,
+    started_at timestamptz, ended_at timestamptz, latency_ms int, status_code smallint,
+    error_code text, error_message text, model text, request_id text, limit_ids uuid[],
+    reserved_input_tokens int, reserved_output_tokens int, input_tokens int, output_tokens int,
+    cached_tokens int, reasoning_tokens int, headers jsonb
+);
+comment on type given_outcome is 'Scratch of settle(): one outcome as the worker sends it.';
+
+create type settled_item as (
+    ord int, batch_day date, batch_id uuid, resource_id uuid, seq int, attempt int,
+    was work_status, becomes work_status, reason ended_reason, visible_at timestamptz,
+    failures int, crashes int
+);
+comment on type settled_item is
+    'Scratch of settle(), reclaim() and cancel_chunk(): one transition. Never stored.';
+
+-- Tenants ----------------------------------------------------------------------------------------
+
+create table workspaces (
+    workspace_id uuid not null,
+    name text not null,
+    description text,
+    created_at timestamptz not null default now(),
+    constraint workspaces_pkey primary key (workspace_id)
+);
+comment on table workspaces is 'A tenant. No statement but an operator''s ever crosses one.';
+comment on column workspaces.workspace_id is 'UUIDv7, minted by the application.';
+comment on column workspaces.name is 'For people.';
+comment on column workspaces.description is 'For people.';
+comment on column workspaces.created_at is 'When the row was made.';
+
+create table environments (
+    workspace_id uuid not null references workspaces,
+    environment_id uuid not null,
+    name text not null,
+    description text,
+    created_at timestamptz not null default now(),
+    constraint environments_pkey primary key (workspace_id, environment_id),
+    constraint environments_name_unique unique (workspace_id, name)
+);
+comment on table environments is 'A stage of a workspace, such as test or production.';
+comment on column environments.workspace_id is 'The tenant.';
+comment on column environments.environment_id is 'UUIDv7, minted by the application.';
+comment on column environments.name is 'For people; unique in its workspace.';
+comment on column environments.description is 'For people.';
+comment on column environments.created_at is 'When the row was made.';
+
+create table api_keys (
+    workspace_id uuid not null,
+    api_key_id uuid not null,
+    environment_id uuid not null,
+    name text not null,
+    description text,
+    hash bytea not null,
+    masked_key text not null,
+    enabled boolean not null default true,
+    resources text[] not null default '{*}',
+    labels text[] not null default '{}',
+    enforce_capacity boolean not null default true,
+    capacity jsonb not null default '[]',
+    expires_at timestamptz,
+    last_used_at timestamptz,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    constraint api_keys_pkey primary key (workspace_id, api_key_id),
+    constraint api_keys_environment_fkey foreign key (workspace_id, environment_id)
+        references environments,
+    constraint api_keys_hash_is_sha256 check (length(hash) = 32)
+);
+create index api_keys_by_hash on api_keys (hash);
+comment on table api_keys is 'How a program enters. The key itself is shown once and never stored.';
+comment on column api_keys.workspace_id is 'The tenant.';
+comment on column api_keys.api_key_id is 'UUIDv7, minted by the application.';
+comment on column api_keys.environment_id is 'The only environment the key opens.';
+comment on column api_keys.name is 'For people.';
+comment on column api_keys.description is 'For people.';
+comment on column api_keys.hash is 'SHA-256 of the key; 256 random bits need no salt.';
+comment on column api_keys.masked_key is 'Enough of the key to recognise it.';
+comment on column api_keys.enabled is 'A disabled key is refused like an unknown one.';
+comment on column api_keys.resources is 'Resource ids that the key may use; * is every one.';
+comment on column api_keys.labels is 'For people.';
+comment on column api_keys.enforce_capacity is 'Whether the key''s own capacity counts.';
+comment on column api_keys.capacity is 'Limits as the wire gave them.';
+comment on column api_keys.expires_at is 'Refused from then on; null never.';
+comment on column api_keys.last_used_at is 'When it last opened a door, to the minute.';
+comment on column api_keys.created_at is 'When the row was made.';
+comment on column api_keys.updated_at is 'When a person last changed it.';
+
+-- Providers --------------------------------------------------------------------------------------
+
+create table connections (
+    workspace_id uuid not null,
+    connection_id uuid not null,
+    environment_id uuid not null,
+    name text not null,
+    description text,
+    provider text not null,
+    base_url text not null,
+    secret_key_id text,
+    secret bytea,
+    headers jsonb not null default '{}',
+    allowed_models text[],
+    capacity jsonb not null default '[]',
+    timeout_ms int not null default 300000,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    constraint connections_pkey primary key (workspace_id, connection_id),
+    constraint connections_environment_fkey foreign key (workspace_id, environment_id)
+        references environments,
+    constraint connections_name_unique unique (workspace_id, environment_id, name),
+    constraint connections_timeout_positive check (timeout_ms > 0),
+    constraint connections_secret_names_its_key check ((secret is null) = (secret_key_id is null))
+);
+comment on table connections is 'An account at a provider: where it is, how to enter, its capacity.';
+comment on column connections.workspace_id is 'The tenant.';
+comment on column connections.connection_id is 'UUIDv7, minted by the application.';
+comment on column connections.environment_id is 'The environment it belongs to.';
+comment on column connections.name is 'For people; unique in its environment.';
+comment on column connections.description is 'For people.';
+comment on column connections.provider is 'Which preset it was made from, such as openai.';
+comment on column connections.base_url is 'Where the provider''s API is.';
+comment on column connections.secret_key_id is 'Which key of SLUICE_SECRET_KEY sealed the secret.';
+comment on column connections.secret is 'The provider''s API key, AES-256-GCM, bound to this row.';
+comment on column connections.headers is 'Headers that every call carries.';
+comment on column connections.allowed_models is 'Models that resources may name; null is any.';
+comment on column connections.capacity is 'Limits as the wire gave them; limits has the enabled ones.';
+comment on column connections.timeout_ms is 'Longest time that one call may take, in milliseconds.';
+comment on column connections.created_at is 'When the row was made.';
+comment on column connections.updated_at is 'When a person last changed it.';
+
+create table resources (
+    workspace_id uuid not null,
+    resource_id uuid not null,
+    environment_id uuid not null,
+    connection_id uuid not null,
+    name text not null,
+    description text,
+    model text not null,
+    default_args jsonb not null default '{}',
+    capacity jsonb not null default '[]',
+    enforce_capacity boolean not null default true,
+    timeout_ms int,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    constraint resources_pkey primary key (workspace_id, resource_id),
+    constraint resources_environment_fkey foreign key (workspace_id, environment_id)
+        references environments,
+    constraint resources_connection_fkey foreign key (workspace_id, connection_id)
+        references connections,
+    constraint resources_name_unique unique (workspace_id, environment_id, name),
+    constraint resources_timeout_positive check (timeout_ms > 0)
+);
+comment on table resources is 'A named model on a connection. Items name a resource.';
+comment on column resources.workspace_id is 'The tenant.';
+comment on column resources.resource_id is 'UUIDv7, minted by the application.';
+comment on column resources.environment_id is 'The environment it belongs to.';
+comment on column resources.connection_id is 'The account that answers.';
+comment on column resources.name is 'For people and programs; unique in its environment.';
+comment on column resources.description is 'For people.';
+comment on column resources.model is 'The model''s name at the provider.';
+comment on column resources.default_args is 'Request fields used where a request has none.';
+comment on column resources.capacity is 'Limits as the wire gave them; limits has those in force.';
+comment on column resources.enforce_capacity is 'Whether the resource''s own capacity counts.';
+comment on column resources.timeout_ms is 'Longest time of one call, in milliseconds; null: the connection''s.';
+comment on column resources.created_at is 'When the row was made.';
+comment on column resources.updated_at is 'When a person last changed it.';
+
+create table resource_states (
+    workspace_id uuid not null,
+    resource_id uuid not null,
+    blocked_until timestamptz not null default '-infinity',
+    blocked_reason text,
+    constraint resource_states_pkey primary key (workspace_id, resource_id)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+comment on table resource_states is
+    'What is learned about a resource while it runs; apart from resources, which people change.';
+comment on column resource_states.workspace_id is 'The tenant.';
+comment on column resource_states.resource_id is 'The resource.';
+comment on column resource_states.blocked_until is 'The provider asked to wait until then.';
+comment on column resource_states.blocked_reason is 'The provider''s error code of that wait.';
+
+-- Capacity ---------------------------------------------------------------------------------------
+
+create table limit_scopes (
+    workspace_id uuid not null,
+    scope_id uuid not null,
+    kind scope_kind not null,
+    constraint limit_scopes_pkey primary key (workspace_id, scope_id)
+);
+comment on table limit_scopes is
+    'The mutex of a connection, resource, key or batch. Locked by claims, never updated: a lock on '
+    'a row that nobody updates makes no row versions.';
+comment on column limit_scopes.workspace_id is 'The tenant.';
+comment on column limit_scopes.scope_id is 'Id of the connection, resource, key or batch.';
+comment on column limit_scopes.kind is 'What the id names.';
+
+create table limits (
+    workspace_id uuid not null,
+    limit_id uuid not null,
+    scope_id uuid not null,
+    period limit_period not null,
+    requests bigint,
+    tokens bigint,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    constraint limits_pkey primary key (workspace_id, limit_id),
+    constraint limits_scope_fkey foreign key (workspace_id, scope_id) references limit_scopes
+        on delete cascade,
+    constraint limits_limit_something check (requests is not null or tokens is not null),
+    constraint limits_requests_positive check (requests > 0),
+    constraint limits_tokens_positive check (tokens > 0)
+);
+create index limits_by_scope on limits (workspace_id, scope_id);
+comment on table limits is 'So many requests and tokens per period, on a scope. All must pass.';
+comment on column limits.workspace_id is 'The tenant.';
+comment on column limits.limit_id is 'UUIDv7; the ledger''s account. Kept when the amounts change.';
+comment on column limits.scope_id is 'What it is set on.';
+comment on column limits.period is 'What it counts over; never changed.';
+comment on column limits.requests is 'Most requests per period; null is any number.';
+comment on column limits.tokens is 'Most input and output tokens per period; null is any number.';
+comment on column limits.created_at is 'When the row was made.';
+comment on column limits.updated_at is 'When the amounts were last changed.';
+
+create table ledger (
+    workspace_id uuid not null,
+    limit_id uuid not null,
+    slot_at timestamptz not null,
+    requests bigint not null,
+    input_tokens bigint not null,
+    output_tokens bigint not null,
+    constraint ledger_pkey primary key (workspace_id, limit_id, slot_at)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+comment on table ledger is
+    'What of each limit is used, in slots of a 120th of the period (a calendar period is one slot). '
+    'Claims add reservations, settling replaces them by true usage in the slot of the claim. No '
+    'check on totals: a paid answer may exceed its reservation and must be recorded.';
+comment on column ledger.workspace_id is 'The tenant.';
+comment on column ledger.limit_id is 'The limit that this is used of.';
+comment on column ledger.slot_at is 'When the slot began.';
+comment on column ledger.requests is 'Calls claimed in the slot, less those known to be unsent.';
+comment on column ledger.input_tokens is 'Input tokens: true where known, else reserved.';
+comment on column ledger.output_tokens is 'Output tokens: true where known, else reserved.';
+
+-- Batches ----------------------------------------------------------------------------------------
+
+create table batches (
+    workspace_id uuid not null,
+    batch_id uuid not null,
+    environment_id uuid not null,
+    batch_day date not null,
+    type batch_type not null,
+    status work_status not null default 'pending',
+    endpoint text not null default '/v1/chat/completions',
+    name text,
+    metadata jsonb not null default '{}',
+    capacity jsonb not null default '[]',
+    callback_options jsonb,
+    priority smallint not null default 0,
+    total_items int not null,
+    estimated_input_tokens bigint not null,
+    idempotency_key text,
+    request_hash bytea,
+    created_by_api_key_id uuid,
+    created_at timestamptz not null default now(),
+    started_at timestamptz,
+    cancelled_at timestamptz,
+    completed_at timestamptz,
+    constraint batches_pkey primary key (workspace_id, batch_id),
+    constraint batches_environment_fkey foreign key (workspace_id, environment_id)
+        references environments,
+    constraint batches_has_items check (total_items > 0),
+    constraint batches_priority_in_range check (priority between -100 and 100),
+    constraint batches_end_has_a_time check
+        ((status in ('completed', 'failed')) <= (completed_at is not null)),
+    constraint batches_cancel_has_a_time check ((status = 'cancelled') = (cancelled_at is not null)),
+    constraint batches_running_has_started check (status <> 'running' or started_at is not null)
+);
+create unique index batches_idempotency_key_unique
+    on batches (workspace_id, environment_id, idempotency_key) where idempotency_key is not null;
+create index batches_newest on batches (workspace_id, environment_id, batch_id desc);
+comment on table batches is
+    'What was submitted together. Changed only when its state changes: progress is in flows.';
+comment on column batches.workspace_id is 'The tenant.';
+comment on column batches.batch_id is 'UUIDv7, minted by the application.';
+comment on column batches.environment_id is 'The environment it belongs to.';
+comment on column batches.batch_day is 'UTC day in the id; the partition of all its rows.';
+comment on column batches.type is 'How the creator follows it.';
+comment on column batches.status is
+    'running from its first claim; cancelled from the cancel on, though calls may still be out.';
+comment on column batches.endpoint is 'Path of the provider''s API that its items call.';
+comment on column batches.name is 'For people.';
+comment on column batches.metadata is 'The creator''s own facts.';
+comment on column batches.capacity is 'Limits of this batch as the wire gave them.';
+comment on column batches.callback_options is 'Where callbacks go, as the wire gave it.';
+comment on column batches.priority is 'Higher goes first; -100 to 100.';
+comment on column batches.total_items is 'How many items it was created with.';
+comment on column batches.estimated_input_tokens is 'Sum of the items'' estimates at creation.';
+comment on column batches.idempotency_key is 'A second creation with the same key returns this batch.';
+comment on column batches.request_hash is 'SHA-256 of the creating request, to tell a true repeat.';
+comment on column batches.created_by_api_key_id is 'The key that created it; null: the command line.';
+comment on column batches.created_at is 'When it was accepted.';
+comment on column batches.started_at is 'When its first item was claimed.';
+comment on column batches.cancelled_at is 'When it was cancelled.';
+comment on column batches.completed_at is 'When its last item ended.';
+
+create table flows (
+    workspace_id uuid not null,
+    batch_id uuid not null,
+    resource_id uuid not null,
+    batch_day date not null,
+    is_open boolean not null default true,
+    is_paused boolean not null default false,
+    is_cancelled boolean not null default false,
+    priority smallint not null default 0,
+    weight real not null default 1,
+    virtual_time double precision not null,
+    floor int not null default 0,
+    total int not null,
+    unstarted int not null,
+    pending int not null,
+    running int not null default 0,
+    completed int not null default 0,
+    failed int not null default 0,
+    cancelled int not null default 0,
+    unmarked int not null default 0,
+    retries int not null default 0,
+    input_tokens bigint not null default 0,
+    output_tokens bigint not null default 0,
+    constraint flows_pkey primary key (workspace_id, batch_id, resource_id),
+    constraint flows_counts_add_up check (pending + running + completed + failed + cancelled = total),
+    constraint flows_counts_not_negative check (
+        least(unstarted, pending, running, completed, failed, cancelled, unmarked) >= 0
+    ),
+    constraint flows_unstarted_are_pending check (unstarted <= pending),
+    constraint flows_weight_in_range check (weight between 0.1 and 100),
+    constraint flows_cancelled_have_no_pending check (not is_cancelled or pending = 0),
+    constraint flows_open_while_unfinished check (is_open = (pending + running + unmarked > 0))
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+create index flows_open on flows (workspace_id, resource_id) where is_open;
+comment on table flows is
+    'The share of one batch that goes to one resource: what the scheduler ranks, and the counters '
+    'of progress. Reading a batch''s progress is reading its few flows, never counting items.';
+comment on column flows.workspace_id is 'The tenant.';
+comment on column flows.batch_id is 'The batch.';
+comment on column flows.resource_id is 'The resource.';
+comment on column flows.batch_day is 'The batch''s day.';
+comment on column flows.is_open is 'Whether anything of it is still to be done.';
+comment on column flows.is_paused is 'Whether claims pass it by for now.';
+comment on column flows.is_cancelled is 'Cancelled: nothing is claimed, whatever its item rows say.';
+comment on column flows.priority is 'The batch''s priority.';
+comment on column flows.weight is 'Its share among flows of the same priority.';
+comment on column flows.virtual_time is 'Tokens taken divided by weight (start-time fair queueing).';
+comment on column flows.floor is 'No item below this number is pending and unstarted.';
+comment on column flows.total is 'Items.';
+comment on column flows.unstarted is 'Pending items that were never claimed.';
+comment on column flows.pending is 'Items waiting, unstarted or to be tried again.';
+comment on column flows.running is 'Items with a call in flight.';
+comment on column flows.completed is 'Items answered.';
+comment on column flows.failed is 'Items that ended without an answer.';
+comment on column flows.cancelled is 'Items cancelled.';
+comment on column flows.unmarked is 'Cancelled items whose rows still say pending.';
+comment on column flows.retries is 'Attempts that failed and went back into the queue.';
+comment on column flows.input_tokens is 'Input tokens of answered items, as the provider counted.';
+comment on column flows.output_tokens is 'Output tokens of answered items, as the provider counted.';
+
+create table ready (
+    workspace_id uuid not null,
+    resource_id uuid not null,
+    next_at timestamptz not null,
+    constraint ready_pkey primary key (workspace_id, resource_id)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+comment on table ready is
+    'Where due work may be, and from when: the one thing that workers look at across tenants.';
+comment on column ready.workspace_id is 'The tenant.';
+comment on column ready.resource_id is 'The resource.';
+comment on column ready.next_at is 'Looking earlier is in vain; infinity: nothing waits.';
+
+-- Items: the rows of a batch, partitioned by its day ---------------------------------------------
+
+create table items (
+    workspace_id uuid not null,
+    batch_day date not null,
+    batch_id uuid not null,
+    resource_id uuid not null,
+    visible_at timestamptz not null default now(),
+    claimed_at timestamptz,
+    ended_at timestamptz,
+    seq int not null,
+    attempt int not null default 0,
+    input_tokens int not null,
+    max_output_tokens int,
+    reserved_input_tokens int,
+    reserved_output_tokens int,
+    status work_status not null default 'pending',
+    ended_reason ended_reason,
+    failures smallint not null default 0,
+    crashes smallint not null default 0,
+    crashes_alone smallint not null default 0,
+    max_attempts smallint not null default 5,
+    worker_id uuid,
+    reserved_limits uuid[],
+    constraint items_pkey primary key (workspace_id, batch_day, batch_id, seq),
+    constraint items_attempt_not_negative check (attempt >= 0 and failures >= 0 and crashes >= 0),
+    constraint items_seq_not_negative check (seq >= 0),
+    constraint items_running_has_a_lease check (
+        (status = 'running')
+        = (worker_id is not null and claimed_at is not null and reserved_limits is not null)
+    ),
+    constraint items_end_has_a_reason check (
+        (status in ('completed', 'failed', 'cancelled'))
+        = (ended_reason is not null and ended_at is not null)
+    ),
+    constraint items_answered_is_completed check (
+        (status = 'completed') = (ended_reason is not distinct from 'answered')
+    ),
+    constraint items_worked_on_has_an_attempt check (
+        attempt > 0 or status in ('pending', 'cancelled', 'failed')
+    )
+) partition by range (batch_day);
+create index items_first on items (workspace_id, batch_id, resource_id, seq)
+    where status = 'pending' and attempt = 0;
+create index items_again on items (workspace_id, batch_id, resource_id, visible_at, seq)
+    where status = 'pending' and attempt > 0;
+create index items_running on items (visible_at) where status = 'running';
+comment on table items is
+    'One request of a batch: its state only. Narrow, because it is updated two or three times. Its id '
+    'is item_id(batch_id, seq).';
+comment on column items.workspace_id is 'The tenant.';
+comment on column items.batch_day is 'The batch''s day.';
+comment on column items.batch_id is 'The batch.';
+comment on column items.resource_id is 'The resource that answers it.';
+comment on column items.visible_at is
+    'Delay, backoff and visibility timeout in one: a pending item may be claimed from then on, a '
+    'running one is given up for lost.';
+comment on column items.claimed_at is 'The claim''s clock; the ledger slots it reserved follow from it.';
+comment on column items.ended_at is 'When it came to its terminal state.';
+comment on column items.seq is 'Number in the batch, from 0, in the order of submission.';
+comment on column items.attempt is 'The fencing number: +1 at every claim, never reused or lowered.';
+comment on column items.input_tokens is 'Estimate of the prompt''s tokens.';
+comment on column items.max_output_tokens is 'The request''s own bound of the answer; null: none.';
+comment on column items.reserved_input_tokens is 'What the claim took from each of reserved_limits.';
+comment on column items.reserved_output_tokens is 'What the claim took from each of reserved_limits.';
+comment on column items.status is 'Its state.';
+comment on column items.ended_reason is 'Why it ended.';
+comment on column items.failures is 'Attempts that ended in a provider''s failure.';
+comment on column items.crashes is 'Attempts whose worker vanished.';
+comment on column items.crashes_alone is 'Crashes in which it was all that its worker was doing.';
+comment on column items.max_attempts is 'It fails for good with this many failures.';
+comment on column items.worker_id is 'Who holds the lease.';
+comment on column items.reserved_limits is 'The limits that the claim reserved from.';
+
+create table item_requests (
+    workspace_id uuid not null,
+    batch_day date not null,
+    batch_id uuid not null,
+    seq int not null,
+    custom_id text,
+    body json not null,
+    constraint item_requests_pkey primary key (workspace_id, batch_day, batch_id, seq)
+) partition by range (batch_day);
+comment on table item_requests is 'What is asked. Never changed.';
+comment on column item_requests.workspace_id is 'The tenant.';
+comment on column item_requests.batch_day is 'The batch''s day.';
+comment on column item_requests.batch_id is 'The batch.';
+comment on column item_requests.seq is 'The item.';
+comment on column item_requests.custom_id is 'The creator''s own name for it.';
+comment on column item_requests.body is
+    'The request to the letter. json, not jsonb: key order, numbers and escapes stay as they came.';
+
+create table item_results (
+    workspace_id uuid not null,
+    batch_day date not null,
+    batch_id uuid not null,
+    seq int not null,
+    attempt int not null,
+    ended_at timestamptz not null,
+    status_code smallint,
+    input_tokens int,
+    output_tokens int,
+    model text,
+    error_code text,
+    error_message text,
+    headers jsonb,
+    body json,
+    constraint item_results_pkey primary key (workspace_id, batch_day, batch_id, seq),
+    constraint item_results_answer_or_error check (error_code is not null or body is not null)
+) partition by range (batch_day);
+comment on table item_results is 'What came back for an item that was answered or failed. Never changed.';
+comment on column item_results.workspace_id is 'The tenant.';
+comment on column item_results.batch_day is 'The batch''s day.';
+comment on column item_results.batch_id is 'The batch.';
+comment on column item_results.seq is 'The item.';
+comment on column item_results.attempt is 'The attempt that decided it.';
+comment on column item_results.ended_at is 'When it was recorded.';
+comment on column item_results.status_code is 'The provider''s HTTP status; null: there was no reply.';
+comment on column item_results.input_tokens is 'Input tokens as the provider counted.';
+comment on column item_results.output_tokens is 'Output tokens as the provider counted.';
+comment on column item_results.model is 'The model that answered, as the provider named it.';
+comment on column item_results.error_code is 'Why there is no answer; null: there is one.';
+comment on column item_results.error_message is 'The same for people.';
+comment on column item_results.headers is 'The provider''s x- headers.';
+comment on column item_results.body is 'The provider''s reply to the letter.';
+
+create table attempts (
+    workspace_id uuid not null,
+    batch_day date not null,
+    batch_id uuid not null,
+    seq int not null,
+    attempt int not null,
+    outcome attempt_outcome not null,
+    resource_id uuid not null,
+    connection_id uuid,
+    worker_id uuid not null,
+    claimed_at timestamptz not null,
+    started_at timestamptz,
+    ended_at timestamptz not null,
+    latency_ms int,
+    status_code smallint,
+    error_code text,
+    error_message text,
+    model text,
+    provider_request_id text,
+    reserved_limits uuid[] not null,
+    reserved_input_tokens int not null,
+    reserved_output_tokens int not null,
+    charged_requests smallint not null,
+    charged_input_tokens int not null,
+    charged_output_tokens int not null,
+    cached_tokens int,
+    reasoning_tokens int,
+    constraint attempts_pkey primary key (workspace_id, batch_day, batch_id, seq, attempt),
+    constraint attempts_attempt_positive check (attempt > 0)
+) partition by range (batch_day);
+comment on table attempts is
+    'One row per provider call, written when it ended; plus one correction when a lost one reports '
+    'after all. With the running items it accounts for every number in the ledger.';
+comment on column attempts.workspace_id is 'The tenant.';
+comment on column attempts.batch_day is 'The batch''s day.';
+comment on column attempts.batch_id is 'The batch.';
+comment on column attempts.seq is 'The item.';
+comment on column attempts.attempt is 'The item''s fencing number of this call.';
+comment on column attempts.outcome is 'How it ended.';
+comment on column attempts.resource_id is 'The resource called.';
+comment on column attempts.connection_id is 'The account called; null for a lost call.';
+comment on column attempts.worker_id is 'Who called.';
+comment on column attempts.claimed_at is 'When it was claimed; names the ledger slots reserved.';
+comment on column attempts.started_at is 'When the call was sent.';
+comment on column attempts.ended_at is 'When it ended, or was given up for lost.';
+comment on column attempts.latency_ms is 'From sending to the end of the reply, in milliseconds.';
+comment on column attempts.status_code is 'The provider''s HTTP status; null: there was no reply.';
+comment on column attempts.error_code is 'Class of the failure; null: answered.';
+comment on column attempts.error_message is 'The same for people.';
+comment on column attempts.model is 'The model that answered, as the provider named it.';
+comment on column attempts.provider_request_id is 'The provider''s own id of the call, for its support.';
+comment on column attempts.reserved_limits is 'The limits that its claim reserved from.';
+comment on column attempts.reserved_input_tokens is 'Input tokens reserved from each.';
+comment on column attempts.reserved_output_tokens is 'Output tokens reserved from each.';
+comment on column attempts.charged_requests is 'Requests that stay in the ledger: 1, or 0 if unsent.';
+comment on column attempts.charged_input_tokens is 'Input tokens that stay: true ones, else reserved.';
+comment on column attempts.charged_output_tokens is 'Output tokens that stay: true ones, else reserved.';
+comment on column attempts.cached_tokens is 'Input tokens that the provider had cached.';
+comment on column attempts.reasoning_tokens is 'Output tokens that were reasoning.';
+
+create table events (
+    workspace_id uuid not null,
+    batch_day date not null,
+    batch_id uuid not null,
+    last_no bigint not null,
+    first_no bigint not null,
+    kind event_kind not null,
+    at timestamptz not null,
+    seqs int[],
+    constraint events_pkey primary key (workspace_id, batch_day, batch_id, last_no),
+    constraint events_numbers_match_items check (
+        last_no - first_no + 1 = coalesce(array_length(seqs, 1), 1)
+    )
+) partition by range (batch_day);
+comment on table events is
+    'What happened to a batch, numbered from 1 without gaps. A row tells the same thing of several '
+    'items: the event of seqs[k] has the number first_no + k - 1. Numbers are taken under the batch''s '
+    'row lock, so a reader who has seen n is never shown a smaller one later.';
+comment on column events.workspace_id is 'The tenant.';
+comment on column events.batch_day is 'The batch''s day.';
+comment on column events.batch_id is 'The batch.';
+comment on column events.last_no is 'Number of the row''s last event.';
+comment on column events.first_no is 'Number of the row''s first event.';
+comment on column events.kind is 'What happened.';
+comment on column events.at is 'When it was recorded.';
+comment on column events.seqs is 'The items it happened to; null: the batch itself.';
+
+-- Processes --------------------------------------------------------------------------------------
+
+create table workers (
+    worker_id uuid not null,
+    host text not null,
+    pid int not null,
+    version text not null,
+    started_at timestamptz not null default now(),
+    heartbeat_at timestamptz not null default now(),
+    stopped_at timestamptz,
+    in_flight int not null default 0,
+    constraint workers_pkey primary key (worker_id)
+) with (fillfactor = 50);
+comment on table workers is 'Worker processes and when they were last seen.';
+comment on column workers.worker_id is 'UUIDv7 of one life of a process.';
+comment on column workers.host is 'Where it runs.';
+comment on column workers.pid is 'Its process id there.';
+comment on column workers.version is 'Its version of Sluice.';
+comment on column workers.started_at is 'When it began.';
+comment on column workers.heartbeat_at is 'When it was last heard of.';
+comment on column workers.stopped_at is 'When it said goodbye; null: running or dead.';
+comment on column workers.in_flight is 'Calls it had out at its last heartbeat.';
+
+create table leases (
+    name text not null,
+    holder_id uuid not null,
+    until timestamptz not null,
+    constraint leases_pkey primary key (name)
+);
+comment on table leases is
+    'Duties that one process does for all, such as maintenance. A row, not an advisory lock, so that '
+    'it works behind a transaction pooler.';
+comment on column leases.name is 'The duty.';
+comment on column leases.holder_id is 'Who has it.';
+comment on column leases.until is 'Anyone may take it from then on.';
