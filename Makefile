@@ -40,7 +40,7 @@ up: $(READY) ## everything in one process on an embedded Postgres
 check: $(READY) ## format, lint, imports, types: fast
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: $(READY) ## all tests, concurrency and chaos included (ARGS='-k claim')
@@ -49,7 +49,7 @@ test: $(READY) ## all tests, concurrency and chaos included (ARGS='-k claim')
 test-16: $(READY) ## the same on Postgres 16
 	@SLUICE_TEST_POSTGRES=16 $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-bench: $(READY) ## list the benchmarks, or run some (ARGS='claim --quick')
+bench: $(READY) ## list the benchmarks, or run one (ARGS='http_clients --rounds 1')
 	@$(BIN)/python -m bench $(ARGS)
 
 db: $(READY) ## a throw-away Postgres to play in

@@ -86,6 +86,24 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A running item of a worker, as the database knows it."""
+
+    workspace_id: UUID
+    resource_id: UUID
+    batch_day: date
+    batch_id: UUID
+    seq: int
+    attempt: int
+    failures: int
+    max_attempts: int
+    input_tokens: int
+    output_tokens: int
+    claimed_at: datetime
+    limit_ids: list[UUID]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """What a claim brought, and when it is worth coming back.
 
@@ -111,6 +129,7 @@ class Outcome(StrEnum):
     unreachable = "unreachable"
     unsent = "unsent"
     impossible = "impossible"
+    lost = "lost"
 
 
 class Settlement(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -173,6 +192,14 @@ class Lapsed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbour:
+    """A worker of the same host that has not said goodbye."""
+
+    worker_id: UUID
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unmarked:
     """A cancelled batch whose item rows do not all say so yet."""
 
@@ -218,6 +245,7 @@ class _Made:
 
 _ready_due = Query("queue", "ready_due", Due)
 _claim = Query("queue", "item_claim", Claimed)
+_held_by = Query("queue", "items_held_by", Held)
 _settle = Query("queue", "item_settle", Settled)
 _lapsed = Query("queue", "items_lapsed", Lapsed)
 _reclaim = Query("queue", "items_reclaim", _Reclaimed)
@@ -229,6 +257,8 @@ _below_floor = Query("queue", "items_below_floor", BelowFloor)
 _worker_register = Query("queue", "worker_register", NoRow)
 _worker_heartbeat = Query("queue", "worker_heartbeat", NoRow)
 _worker_stop = Query("queue", "worker_stop", NoRow)
+_workers_of_host = Query("queue", "workers_of_host", Neighbour)
+_worker_died = Query("queue", "worker_died", NoRow)
 _workers_forget = Query("queue", "workers_forget", NoRow)
 _lease_take = Query("queue", "lease_take", _Holder)
 _lease_release = Query("queue", "lease_release", NoRow)
@@ -315,6 +345,30 @@ async def claim(
         isolated=report.isolated,
         config_at=report.config_at,
     )
+
+
+async def held_by(conn: Connection, *, worker_id: UUID) -> list[Item]:
+    """What a worker holds, for finding a claim whose answer was lost on the way."""
+    return [
+        Item(
+            workspace_id=held.workspace_id,
+            resource_id=held.resource_id,
+            batch_day=held.batch_day,
+            batch_id=held.batch_id,
+            seq=held.seq,
+            attempt=held.attempt,
+            failures=held.failures,
+            max_attempts=held.max_attempts,
+            input_tokens=held.input_tokens,
+            output_tokens=held.output_tokens,
+            impossible=False,
+            endpoint="",
+            body="",
+            claimed_at=held.claimed_at,
+            limit_ids=tuple(held.limit_ids),
+        )
+        for held in await _held_by.all(conn, worker_id=worker_id)
+    ]
 
 
 async def settle(
@@ -413,6 +467,16 @@ async def heartbeat(conn: Connection, *, worker_id: UUID, in_flight: int) -> Non
 async def stop_worker(conn: Connection, *, worker_id: UUID) -> None:
     """Note that a worker has stopped by itself."""
     await _worker_stop.run(conn, worker_id=worker_id)
+
+
+async def neighbours(conn: Connection, *, host: str) -> list[Neighbour]:
+    """Workers that say they run on this host."""
+    return await _workers_of_host.all(conn, host=host)
+
+
+async def note_death(conn: Connection, *, worker_id: UUID) -> None:
+    """Note that a worker's process is gone: its items may be reclaimed at once."""
+    await _worker_died.run(conn, worker_id=worker_id)
 
 
 async def forget_workers(conn: Connection) -> int:

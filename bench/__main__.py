@@ -1,11 +1,12 @@
-"""Run benchmarks by name: ``python -m bench claim --quick``. Without a name, list them.
+"""Run a benchmark: ``python -m bench claim --quick``. Without a name, list them.
 
-A benchmark is a module of this package with a docstring that states its method and a
-``main(*, quick: bool)``, which prints the result.
+A benchmark is a module of this package whose docstring begins with its question and states its
+method, and whose ``main()`` reads ``sys.argv`` (``--quick``: a smaller run, to see that it works)
+and prints the result.
 """
 
-import argparse
 import importlib
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -22,31 +23,27 @@ def present() -> list[str]:
     )
 
 
-def first_line(name: str) -> str:
-    """What a benchmark says it measures."""
-    module = importlib.import_module(f"bench.{name}")
-    return (module.__doc__ or "").strip().partition("\n")[0]
+def question(name: str) -> str:
+    """The first line of a benchmark's docstring, read without importing what it measures."""
+    spec = importlib.util.find_spec(f"bench.{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    first = Path(spec.origin).read_text(encoding="utf-8").partition("\n")[0]
+    return first.strip('"')
 
 
 def main() -> None:
-    """Run what the arguments name, or list what there is."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help="a benchmark; 'all' for each")
-    parser.add_argument("--quick", action="store_true", help="a smaller run: does it work at all?")
-    wanted = parser.parse_args()
-    names = cast("list[str]", wanted.names)
+    """Run the benchmark that the arguments name with its own arguments, or list what there is."""
     there = present()
-    if not names:
+    if len(sys.argv) == 1:
         for name in there:
-            print(f"  {name:<14} {first_line(name)}")
+            print(f"  {name:<14} {question(name)}")
         return
-    chosen = there if names == ["all"] else names
-    unknown = [name for name in chosen if name not in there]
-    if unknown:
-        sys.exit(f"There is no benchmark {', '.join(unknown)}. There are: {', '.join(there)}.")
-    for name in chosen:
-        run = cast("Callable[..., None]", importlib.import_module(f"bench.{name}").main)
-        run(quick=cast("bool", wanted.quick))
+    name, *arguments = sys.argv[1:]
+    if name not in there:
+        sys.exit(f"There is no benchmark {name!r}. There are: {', '.join(there)}.")
+    sys.argv = [f"bench.{name}", *arguments]
+    cast("Callable[[], None]", importlib.import_module(f"bench.{name}").main)()
 
 
 if __name__ == "__main__":

@@ -646,6 +646,7 @@ create table workers (
     started_at timestamptz not null default now(),
     heartbeat_at timestamptz not null default now(),
     stopped_at timestamptz,
+    died_at timestamptz,
     in_flight int not null default 0,
     constraint workers_pkey primary key (worker_id)
 ) with (fillfactor = 50);
@@ -657,6 +658,7 @@ comment on column workers.version is 'Its version of Sluice.';
 comment on column workers.started_at is 'When it began.';
 comment on column workers.heartbeat_at is 'When it was last heard of.';
 comment on column workers.stopped_at is 'When it said goodbye; null: running or dead.';
+comment on column workers.died_at is 'When its own host found its process gone.';
 comment on column workers.in_flight is 'Calls it had out at its last heartbeat.';
 
 create table leases (

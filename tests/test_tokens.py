@@ -341,7 +341,6 @@ def test_a_hanging_download_is_waited_for_once_and_used_when_it_arrives(
     arrives = threading.Event()
 
     class CountsLetters(tiktoken.Encoding):
-        @override
         def encode_ordinary(self, text: str) -> list[int]:
             return [0] * len(text)
 

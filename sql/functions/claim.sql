@@ -31,8 +31,9 @@
 -- commit.
 --
 -- The last row returned has no seq: it reports. next_at says when it is worth asking again (null: nothing
--- waits; in the past: at once), busy that another worker held the mutex, isolated that a suspect waits for
--- a worker with nothing else to do (p_alone).
+-- waits; in the past: at once), busy that another worker held the mutex, isolated that a suspect of many
+-- crashes is due: it was taken, and nothing else, if the worker has nothing else to do (p_alone), and
+-- otherwise waits until a worker has.
 create or replace function claim(
     p_workspace_id uuid,
     p_resource_id uuid,
@@ -303,7 +304,7 @@ begin
                 order by s.rank limit 1) as head_tokens
         into v_picked;
         v_taken := v_picked.taken;
-        v_isolated := v_picked.suspects and not p_alone;
+        v_isolated := v_picked.suspects;
         if not (v_picked.suspects and p_alone) then
             v_head_tokens := v_picked.head_tokens;
         end if;

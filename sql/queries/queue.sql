@@ -18,6 +18,14 @@ from claim(
     make_interval(secs => %(guard_s)s), make_interval(secs => %(grace_s)s)
 );
 
+-- name: items_held_by
+-- What a worker holds. Reads the small index of running items; locks nothing.
+select workspace_id, resource_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
+    reserved_input_tokens as input_tokens, reserved_output_tokens as output_tokens, claimed_at,
+    reserved_limits as limit_ids
+from items
+where status = 'running' and worker_id = %(worker_id)s;
+
 -- name: item_settle
 -- Record outcomes: a JSON array of facts and, by position, the provider's bodies.
 select ord, settled, batch_id, resource_id, becomes
@@ -44,6 +52,7 @@ cross join awake a
 left join workers w on w.worker_id = h.worker_id
 where w.worker_id is null
     or w.stopped_at is not null
+    or w.died_at is not null
     or greatest(w.heartbeat_at, a.heard_from) < a.since
     or (h.visible_at < clock_timestamp() and a.heard_from < a.since)
 order by h.workspace_id, h.batch_id, h.seq
@@ -127,6 +136,18 @@ where worker_id = %(worker_id)s;
 -- It says goodbye: what it still holds may be reclaimed at once.
 update workers
 set stopped_at = clock_timestamp(), in_flight = 0
+where worker_id = %(worker_id)s;
+
+-- name: workers_of_host
+-- Workers of a host that have not said goodbye: whose processes can be looked for there.
+select worker_id, pid
+from workers
+where host = %(host)s and stopped_at is null and died_at is null;
+
+-- name: worker_died
+-- Its process is gone from its host: no need to wait for the silence to grow.
+update workers
+set died_at = clock_timestamp()
 where worker_id = %(worker_id)s;
 
 -- name: workers_forget

@@ -1,0 +1,146 @@
+"""Maintenance: what one elected process does for all. It runs inside every worker process.
+
+Every second: reclaim items of vanished workers, let the rows of cancelled batches follow.
+Every minute: partitions ahead, old ledger slots, workers long gone, and a look for two things that
+must never be: work that nobody is told of, and unstarted items below a floor.
+"""
+
+import asyncio
+import random
+from datetime import UTC, date, datetime, timedelta
+from itertools import groupby
+from uuid import UUID
+
+import psycopg
+
+from app import queue
+from app.db import CONNECTION_ERRORS, Database
+from app.doorbell import EVENTS, WORK, Ringer
+from app.ids import uuid7
+from app.log import Log
+from app.settings import Settings
+
+log = Log("maintenance")
+
+_DUTY = "maintenance"
+_DUTY_S = 10.0
+_TICK_S = 1.0
+_ROUNDS_PER_SLOW = 60
+_DAYS_AHEAD = 3
+#: Reclaimed items wait this long, so that a crash loop does not spin.
+_RECLAIM_WAIT_S = 0.5
+
+
+class Maintenance:
+    """The duty of keeping the queue healthy; ``run`` does it whenever this process is elected."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self._settings = settings
+        self._db = db
+        self._ringer = Ringer(db)
+        self._holder_id = uuid7()
+        # Since when the database was heard without a break, by its own clock; None: not yet.
+        self._quiet_since: datetime | None = None
+        self._rounds = 0
+
+    async def run(self) -> None:
+        """Keep at it; returns only when cancelled, and then leaves the duty to another."""
+        try:
+            while True:
+                try:
+                    await self._round()
+                except CONNECTION_ERRORS:
+                    self._quiet_since = None
+                    await self._db.revive()
+                await asyncio.sleep(_TICK_S * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+        finally:
+            await asyncio.shield(self._resign())
+
+    async def _resign(self) -> None:
+        try:
+            async with asyncio.timeout(2), self._db.connection() as conn:
+                await queue.release_duty(conn, name=_DUTY, holder_id=self._holder_id)
+        except (*CONNECTION_ERRORS, TimeoutError):
+            log.debug("duty.left", duty=_DUTY)
+
+    async def _round(self) -> None:
+        async with self._db.connection() as conn:
+            if self._quiet_since is None:
+                row = await (await conn.execute("select clock_timestamp()")).fetchone()
+                assert row is not None
+                self._quiet_since = row[0]
+            elected = await queue.take_duty(
+                conn, name=_DUTY, holder_id=self._holder_id, for_s=_DUTY_S
+            )
+        if not elected:
+            return
+        await self._reclaim()
+        await self._follow_cancels()
+        if self._rounds % _ROUNDS_PER_SLOW == 0:
+            await self._slow_round()
+        self._rounds += 1
+        await self._ringer.flush()
+
+    async def _reclaim(self) -> None:
+        assert self._quiet_since is not None
+        async with self._db.connection() as conn:
+            lapsed = await queue.lapsed(
+                conn,
+                quiet_since=self._quiet_since,
+                dead_after_s=self._settings.dead_after_s,
+            )
+        for (_, batch_id), group in groupby(lapsed, key=lambda i: (i.workspace_id, i.batch_id)):
+            items = list(group)
+            async with self._db.transaction() as conn:
+                reclaimed = await queue.reclaim(
+                    conn,
+                    items=items,
+                    max_crashes=self._settings.max_crashes,
+                    wait_s=_RECLAIM_WAIT_S,
+                )
+            if reclaimed:
+                log.warning("item.reclaimed", batch=batch_id, items=reclaimed)
+                self._ringer.ring(EVENTS, {batch_id})
+                self._ringer.ring(WORK, {batch_id})
+
+    async def _follow_cancels(self) -> None:
+        async with self._db.connection() as conn:
+            batches = await queue.unmarked(conn)
+        for batch in batches:
+            await follow_cancel(
+                self._db,
+                self._ringer,
+                workspace_id=batch.workspace_id,
+                batch_id=batch.batch_id,
+                batch_day=batch.batch_day,
+            )
+
+    async def _slow_round(self) -> None:
+        today = datetime.now(UTC).date()  # noqa: TID251 - partitions are ahead by days
+        for ahead in range(_DAYS_AHEAD + 1):
+            async with self._db.connection() as conn:
+                await queue.ensure_partitions(conn, day=today + timedelta(days=ahead))
+        async with self._db.connection() as conn:
+            await queue.prune_ledger(conn, keep_hours=self._settings.ledger_keep_hours)
+            await queue.forget_workers(conn)
+            if woken := await queue.recompute_ready(conn):
+                log.error("ready.behind", resources=woken)
+            for bug in await queue.below_floor(conn):
+                log.error("floor.passed", batch=bug.batch_id, items=bug.items)
+
+
+async def follow_cancel(
+    db: Database, ringer: Ringer, *, workspace_id: UUID, batch_id: UUID, batch_day: date
+) -> None:
+    """Mark the rows of a cancelled batch until all say so; harmless beside another doing it."""
+    while True:
+        try:
+            async with db.transaction() as conn:
+                marked = await queue.cancel_chunk(
+                    conn, workspace_id=workspace_id, batch_day=batch_day, batch_id=batch_id
+                )
+        except psycopg.errors.DeadlockDetected:
+            continue
+        ringer.ring(EVENTS, {batch_id})
+        if not marked:
+            return

@@ -1,0 +1,1050 @@
+"""A language model provider that keeps its limits and can misbehave: ``sluice simulate``.
+
+It speaks OpenAI's HTTP, answers after a while with text that says it is simulated, refuses what is
+over its limits as real providers do, and counts what a client did to it. Nothing here knows Sluice:
+it is what benchmarks and tests are measured against.
+
+**Limits.** Calls and tokens are counted when a call *arrives*; a refused one costs nothing. Tokens
+are the prompt's plus the output's (``charge="actual"``) or plus ``max_tokens`` (``"max"``), all
+charged on arrival. Three algorithms, each exact:
+
+sliding   at most ``rpm`` in any 60 s, however one looks
+fixed     at most ``rpm`` in each minute of the clock, so up to twice as many around its turn
+bucket    refills evenly and holds ``bucket_seconds`` of the rate, so a burst of that is allowed
+
+**Tokens** of a prompt are a quarter of the characters of its JSON, plus 3: near what tokenizers
+say for English, and cheap. Output tokens are drawn from a log-normal distribution and cut at
+``max_tokens``, ``max_completion_tokens`` or ``max_output_tokens``.
+
+**Chance** depends on the seed, the body and how often that body came: with a seed a run repeats
+exactly in whatever order calls arrive, and a call that failed can succeed when repeated.
+
+**Faults** come after the limit, so they cost capacity: a 500, a random 429, an answer that never
+comes, a connection cut within the body, a 200 that is not JSON, a body of one byte per 200 ms.
+
+Routes: the five ``POST /v1/…`` endpoints of OpenAI that a batch may name, ``GET /v1/models``,
+``GET /healthz``, ``GET /report``, ``POST /reset`` (report and limits begin again), ``POST /behaviour``
+(a JSON object of `Behaviour` fields to change while running).
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import math
+import statistics
+import struct
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from typing import Literal, Protocol, assert_never, cast
+
+import httptools
+import msgspec
+
+from app.errors import UsageError
+
+WINDOW_S = 60.0
+TRICKLE_S = 0.2
+MOST_BODY_BYTES = 64 * 1024 * 1024
+MOST_BODIES = 2_000_000
+"""Bodies that are told apart for ``called_twice`` and ``answered_twice``: about 300 MB of digests."""
+
+MOST_SECONDS = 7 * 86_400
+ECHOED_CHARS = 160
+CHARS_PER_TOKEN = 4
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behaviour:
+    """How the simulator behaves. Rates are shares of accepted calls, 0 to 1, together at most 1."""
+
+    host: str = "127.0.0.1"
+    port: int = 8090
+    """0: any free port."""
+    rpm: int | None = None
+    tpm: int | None = None
+    algorithm: Literal["sliding", "fixed", "bucket"] = "sliding"
+    bucket_seconds: float = 60.0
+    charge: Literal["actual", "max"] = "actual"
+    latency_ms: float = 400.0
+    """The median; ``latency_sigma`` is the spread of its logarithm. 0: answer at once."""
+    latency_sigma: float = 0.4
+    output_tokens: float = 60.0
+    """The median; ``output_sigma`` is the spread of its logarithm."""
+    output_sigma: float = 0.6
+    send_headers: bool = True
+    """False: say nothing about limits, not even ``Retry-After``."""
+    error_rate: float = 0.0
+    throttle_rate: float = 0.0
+    hang_rate: float = 0.0
+    cut_rate: float = 0.0
+    garbage_rate: float = 0.0
+    trickle_rate: float = 0.0
+    hang_s: float = 3600.0
+    require_key: str | None = None
+    seed: int | None = None
+    """None: faults, latency and length differ from run to run."""
+
+    def __post_init__(self) -> None:
+        rates = [rate for _, rate in self.faults()]
+        if any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
+            raise ValueError("the rates of faults must be 0 to 1 each and together")
+        for name in ("rpm", "tpm"):
+            limit = cast("int | None", getattr(self, name))
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("latency_ms", "latency_sigma", "output_sigma", "hang_s"):
+            if not 0 <= cast("float", getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must not be negative")
+        if self.bucket_seconds <= 0 or self.output_tokens < 1:
+            raise ValueError("bucket_seconds must be above 0 and output_tokens at least 1")
+
+    def faults(self) -> tuple[tuple["Fault", float], ...]:
+        """List what can go wrong with its rate."""
+        return (
+            ("error", self.error_rate),
+            ("throttle", self.throttle_rate),
+            ("hang", self.hang_rate),
+            ("cut", self.cut_rate),
+            ("garbage", self.garbage_rate),
+            ("trickle", self.trickle_rate),
+        )
+
+
+Fault = Literal["error", "throttle", "hang", "cut", "garbage", "trickle"]
+
+
+# Limits -------------------------------------------------------------------------------------------
+
+
+class Meter(Protocol):
+    """Counts one thing, calls or tokens, against one limit per minute."""
+
+    @property
+    def limit(self) -> int:
+        """What fits into a minute."""
+        ...
+
+    def remaining(self, now: float) -> int:
+        """How much fits now."""
+        ...
+
+    def wait_s(self, amount: int, now: float) -> float:
+        """How long until ``amount`` fits; 0 if it fits now. What never fits waits a minute."""
+        ...
+
+    def reset_s(self, now: float) -> float:
+        """How long until the whole limit is free again, if nothing comes."""
+        ...
+
+    def add(self, amount: int, now: float) -> None:
+        """Count ``amount``, which must fit."""
+        ...
+
+
+class SlidingMeter:
+    """At most ``limit`` in any 60 s: what came at second 0 counts until just before second 60."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._used = 0
+        self._arrivals: deque[tuple[float, int]] = deque()
+
+    def _forget(self, now: float) -> None:
+        while self._arrivals and self._arrivals[0][0] + WINDOW_S <= now:
+            self._used -= self._arrivals.popleft()[1]
+
+    def remaining(self, now: float) -> int:
+        self._forget(now)
+        return max(0, self.limit - self._used)
+
+    def wait_s(self, amount: int, now: float) -> float:
+        missing = amount - self.remaining(now)
+        if missing <= 0:
+            return 0.0
+        for arrived, freed in self._arrivals:
+            missing -= freed
+            if missing <= 0:
+                return arrived + WINDOW_S - now
+        return WINDOW_S
+
+    def reset_s(self, now: float) -> float:
+        self._forget(now)
+        return self._arrivals[-1][0] + WINDOW_S - now if self._arrivals else 0.0
+
+    def add(self, amount: int, now: float) -> None:
+        self._used += amount
+        self._arrivals.append((now, amount))
+
+
+class FixedMeter:
+    """At most ``limit`` in each 60 s of the clock."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._used = 0
+        self._minute = -1
+
+    def remaining(self, now: float) -> int:
+        minute = math.floor(now / WINDOW_S)
+        if minute != self._minute:
+            self._minute, self._used = minute, 0
+        return self.limit - self._used
+
+    def wait_s(self, amount: int, now: float) -> float:
+        return 0.0 if amount <= self.remaining(now) else (self._minute + 1) * WINDOW_S - now
+
+    def reset_s(self, now: float) -> float:
+        return 0.0 if self.remaining(now) == self.limit else (self._minute + 1) * WINDOW_S - now
+
+    def add(self, amount: int, now: float) -> None:
+        self.remaining(now)  # turns the minute
+        self._used += amount
+
+
+class BucketMeter:
+    """A token bucket: full at first, refilled evenly, holding ``seconds`` of the rate."""
+
+    def __init__(self, limit: int, *, seconds: float) -> None:
+        self.limit = limit
+        self._capacity = max(1.0, limit * seconds / WINDOW_S)
+        self._per_s = limit / WINDOW_S
+        self._level = self._capacity
+        self._at: float | None = None
+
+    def _refill(self, now: float) -> None:
+        if self._at is not None:
+            self._level = min(self._capacity, self._level + (now - self._at) * self._per_s)
+        self._at = now
+
+    def remaining(self, now: float) -> int:
+        self._refill(now)
+        return math.floor(self._level + 1e-9)  # a hair of rounding must not refuse a call
+
+    def wait_s(self, amount: int, now: float) -> float:
+        if amount <= self.remaining(now):
+            return 0.0
+        if amount > self._capacity:
+            return WINDOW_S
+        return (amount - self._level) / self._per_s
+
+    def reset_s(self, now: float) -> float:
+        self._refill(now)
+        return (self._capacity - self._level) / self._per_s
+
+    def add(self, amount: int, now: float) -> None:
+        self._refill(now)
+        self._level -= amount
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Which limit an arrival exceeds, and when it would fit."""
+
+    kind: Literal["requests", "tokens"]
+    limit: int
+    wait_s: float
+
+
+class Limiter:
+    """Admits or refuses arrivals; both limits must have room, else neither is charged."""
+
+    def __init__(self, behaviour: Behaviour, *, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self.meters: dict[Literal["requests", "tokens"], Meter] = {}
+        if behaviour.rpm is not None:
+            self.meters["requests"] = _meter(behaviour, behaviour.rpm)
+        if behaviour.tpm is not None:
+            self.meters["tokens"] = _meter(behaviour, behaviour.tpm)
+
+    def admit(self, *, tokens: int) -> Refusal | None:
+        """Count one call with its tokens, or say why not."""
+        now = self._clock()
+        amounts = {"requests": 1, "tokens": tokens}
+        refusals = [
+            Refusal(kind=kind, limit=meter.limit, wait_s=wait)
+            for kind, meter in self.meters.items()
+            if (wait := meter.wait_s(amounts[kind], now)) > 0
+        ]
+        if refusals:
+            return max(refusals, key=lambda refusal: refusal.wait_s)
+        for kind, meter in self.meters.items():
+            meter.add(amounts[kind], now)
+        return None
+
+    def headers(self) -> dict[str, str]:
+        """Say what is left, as OpenAI does."""
+        now = self._clock()
+        told: dict[str, str] = {}
+        for kind, meter in self.meters.items():
+            told[f"x-ratelimit-limit-{kind}"] = str(meter.limit)
+            told[f"x-ratelimit-remaining-{kind}"] = str(meter.remaining(now))
+            told[f"x-ratelimit-reset-{kind}"] = _duration(meter.reset_s(now))
+        return told
+
+
+def _meter(behaviour: Behaviour, limit: int) -> Meter:
+    match behaviour.algorithm:
+        case "sliding":
+            return SlidingMeter(limit)
+        case "fixed":
+            return FixedMeter(limit)
+        case "bucket":
+            return BucketMeter(limit, seconds=behaviour.bucket_seconds)
+        case _:
+            assert_never(behaviour.algorithm)
+
+
+def _duration(seconds: float) -> str:
+    """Write a duration as OpenAI does: ``20ms``, ``1.5s``, ``6m0s``."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:  # noqa: PLR2004
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"
+
+
+# What is counted ----------------------------------------------------------------------------------
+
+
+class _Peak:
+    """The most that ever was within any 60 s."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._sum = 0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(self, amount: int, now: float) -> None:
+        while self._recent and self._recent[0][0] + WINDOW_S <= now:
+            self._sum -= self._recent.popleft()[1]
+        self._recent.append((now, amount))
+        self._sum += amount
+        self.peak = max(self.peak, self._sum)
+
+
+class _Bodies:
+    """How often each body was called and answered, in one byte each, up to `MOST_BODIES`."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, int] = {}
+        self.called_twice = 0
+        self.answered_twice = 0
+        self.untracked = 0
+
+    def called(self, digest: bytes) -> int:
+        """Count a call; return how often this body was called before."""
+        seen = self._seen.get(digest)
+        if seen is None:
+            if len(self._seen) >= MOST_BODIES:
+                self.untracked += 1
+                return 0
+            self._seen[digest] = 1
+            return 0
+        calls, answers = seen & 15, seen >> 4
+        self.called_twice += calls == 1
+        self._seen[digest] = min(calls + 1, 15) | answers << 4
+        return calls
+
+    def answered(self, digest: bytes) -> None:
+        seen = self._seen.get(digest)
+        if seen is not None:
+            calls, answers = seen & 15, seen >> 4
+            self.answered_twice += answers == 1
+            self._seen[digest] = calls | min(answers + 1, 15) << 4
+
+
+class _Statistics:
+    def __init__(self, *, now: float) -> None:
+        self.started = now
+        self.received = 0
+        self.invalid = 0
+        self.unauthorized = 0
+        self.accepted = 0
+        self.refused = 0
+        self.answered = 0
+        self.abandoned = 0
+        self.faults: Counter[str] = Counter()
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.peak_in_flight = 0
+        self.accepted_per_second: list[int] = []
+        self.bodies = _Bodies()
+        self.arrived_calls, self.arrived_tokens = _Peak(), _Peak()
+        self.accepted_calls, self.accepted_tokens = _Peak(), _Peak()
+
+    def accept(self, *, tokens: int, now: float) -> None:
+        self.accepted += 1
+        self.accepted_calls.add(1, now)
+        self.accepted_tokens.add(tokens, now)
+        second = int(now - self.started)
+        if second < MOST_SECONDS:
+            missing = second + 1 - len(self.accepted_per_second)
+            self.accepted_per_second.extend([0] * missing)
+            self.accepted_per_second[second] += 1
+
+
+# Requests and answers -----------------------------------------------------------------------------
+
+_NO_RAW = msgspec.Raw(b"null")
+
+
+class _Asked(msgspec.Struct):
+    """What the simulator understands of a request; everything else is accepted and ignored."""
+
+    model: str
+    messages: msgspec.Raw = _NO_RAW
+    input: msgspec.Raw = _NO_RAW
+    prompt: msgspec.Raw = _NO_RAW
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    dimensions: int | None = None
+    encoding_format: str | None = None
+    stream: bool | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str = ""
+    content: msgspec.Raw = _NO_RAW
+
+
+class _Part(msgspec.Struct):
+    text: str = ""
+
+
+_ROUTES = {
+    "/v1/chat/completions": "messages",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+    "/v1/completions": "prompt",
+    "/v1/moderations": "input",
+}
+_WORDS = (
+    "A sluice lets through as much as the river below can take, no more and no less, and keeps the "
+    "rest behind its gate until there is room for it. "
+) * 64
+_NORMAL = statistics.NormalDist()
+_MOST_OUTPUT_TOKENS = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One accepted call on its way to an answer."""
+
+    route: str
+    asked: _Asked
+    digest: bytes
+    chance: tuple[float, float, float, float]
+    input_tokens: int
+    output_tokens: int
+    is_cut_short: bool
+
+
+def _chance(seed: int, digest: bytes, nth: int) -> tuple[float, float, float, float]:
+    """Draw four numbers above 0 and below 1."""
+    drawn = hashlib.blake2b(digest, digest_size=32, key=struct.pack(">QI", seed % 2**64, nth))
+    first, second, third, fourth = struct.unpack(">4Q", drawn.digest())
+    scale = 2.0**64 + 2
+    return ((first + 1) / scale, (second + 1) / scale, (third + 1) / scale, (fourth + 1) / scale)
+
+
+def _log_normal(median: float, sigma: float, chance: float) -> float:
+    near = min(max(chance, 1e-12), 1 - 1e-12)
+    return median * math.exp(sigma * _NORMAL.inv_cdf(near))
+
+
+def _text_of(raw: msgspec.Raw) -> str:
+    """Read the text of a string, of content parts, or of the last message of the user."""
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except msgspec.DecodeError:
+        pass
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        messages = msgspec.json.decode(raw, type=list[_Message])
+        for message in reversed(messages):
+            if message.role == "user":
+                return _text_of(message.content)
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        return " ".join(part.text for part in msgspec.json.decode(raw, type=list[_Part]))
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        return " ".join(msgspec.json.decode(raw, type=list[str]))
+    return ""
+
+
+def _text(work: _Work) -> str:
+    """Say that it is simulated, repeat the question and fill up to the length that was drawn."""
+    asked = getattr(work.asked, _ROUTES[work.route])
+    echoed = " ".join(_text_of(asked).split())[:ECHOED_CHARS]
+    room = max(0, work.output_tokens * CHARS_PER_TOKEN - len(echoed) - 30)
+    begin = work.digest[0] % 143
+    return f"[simulated] You said: {echoed}. {_WORDS[begin : begin + room]}".rstrip()
+
+
+def _answer(work: _Work) -> dict[str, object]:
+    """Make the body of a successful answer."""
+    name = work.digest.hex()[:24]
+    common: dict[str, object] = {
+        "model": work.asked.model,
+        "system_fingerprint": "sluice-simulator",
+    }
+    created = int(time.time())
+    usage = {
+        "prompt_tokens": work.input_tokens,
+        "completion_tokens": work.output_tokens,
+        "total_tokens": work.input_tokens + work.output_tokens,
+    }
+    finish = "length" if work.is_cut_short else "stop"
+    match work.route:
+        case "/v1/chat/completions":
+            message = {"role": "assistant", "content": _text(work), "refusal": None}
+            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+            answer = {"id": f"chatcmpl-{name}", "object": "chat.completion", "created": created}
+            return answer | common | {"choices": [choice], "usage": usage}
+        case "/v1/completions":
+            choice = {"index": 0, "text": _text(work), "logprobs": None, "finish_reason": finish}
+            answer = {"id": f"cmpl-{name}", "object": "text_completion", "created": created}
+            return answer | common | {"choices": [choice], "usage": usage}
+        case "/v1/responses":
+            return _response(work, name, created) | common
+        case "/v1/embeddings":
+            vectors = [
+                {"object": "embedding", "index": index, "embedding": vector}
+                for index, vector in enumerate(_vectors(work))
+            ]
+            total = {"prompt_tokens": work.input_tokens, "total_tokens": work.input_tokens}
+            return {"object": "list", "data": vectors, "usage": total} | common
+        case _:
+            nothing = {"flagged": False, "categories": {}, "category_scores": {}}
+            results = [nothing for _ in range(_inputs(work.asked.input))]
+            return {"id": f"modr-{name}", "results": results} | common
+
+
+def _response(work: _Work, name: str, created: int) -> dict[str, object]:
+    content = {"type": "output_text", "text": _text(work), "annotations": []}
+    message = {
+        "id": f"msg_{name}",
+        "type": "message",
+        "status": "completed",
+        "role": "assistant",
+        "content": [content],
+    }
+    reason = {"reason": "max_output_tokens"} if work.is_cut_short else None
+    return {
+        "id": f"resp_{name}",
+        "object": "response",
+        "created_at": created,
+        "status": "incomplete" if work.is_cut_short else "completed",
+        "error": None,
+        "incomplete_details": reason,
+        "output": [message],
+        "usage": {
+            "input_tokens": work.input_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": work.output_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": work.input_tokens + work.output_tokens,
+        },
+    }
+
+
+def _inputs(raw: msgspec.Raw) -> int:
+    """Count the texts of an input: a list of strings or of token lists has many, all else one."""
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        given = msgspec.json.decode(raw, type=list[str | list[int]])
+        return max(1, len(given))
+    return 1
+
+
+def _vectors(work: _Work) -> list[list[float] | str]:
+    """Make unit vectors out of the body's digest."""
+    size = min(max(work.asked.dimensions or 8, 1), 4096)
+    vectors: list[list[float] | str] = []
+    for index in range(_inputs(work.asked.input)):
+        drawn = hashlib.shake_128(work.digest + index.to_bytes(4, "big")).digest(size * 2)
+        raw = [part - 32_767.5 for part in struct.unpack(f">{size}H", drawn)]
+        length = math.sqrt(sum(part * part for part in raw))
+        vector = [part / length for part in raw]
+        if work.asked.encoding_format == "base64":
+            vectors.append(base64.b64encode(struct.pack(f"<{size}f", *vector)).decode())
+        else:
+            vectors.append(vector)
+    return vectors
+
+
+def _error(message: str, *, kind: str, code: str | None) -> dict[str, object]:
+    """Make an error body of OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+# The server ---------------------------------------------------------------------------------------
+
+
+class Simulator:
+    """A running simulator: ``start`` it, send it calls, read its ``report``, ``stop`` it."""
+
+    def __init__(self, behaviour: Behaviour, *, clock: Clock = time.monotonic) -> None:
+        self.behaviour = behaviour
+        self.in_flight = 0
+        self.statistics = _Statistics(now=clock())
+        self._clock = clock
+        self._limiter = Limiter(behaviour, clock=clock)
+        self._seed = time.time_ns() if behaviour.seed is None else behaviour.seed
+        self._connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> str:
+        """Listen and return the base URL, which has no ``/v1``."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: _Connection(self, self._connections),
+                self.behaviour.host,
+                self.behaviour.port,
+                backlog=4096,
+            )
+        except OSError as error:
+            where = f"{self.behaviour.host}:{self.behaviour.port}"
+            raise UsageError(f"The simulator cannot listen on {where}: {error.strerror}.") from None
+        port = cast("int", self._server.sockets[0].getsockname()[1])
+        host = f"[{self.behaviour.host}]" if ":" in self.behaviour.host else self.behaviour.host
+        return f"http://{host}:{port}"
+
+    async def stop(self) -> None:
+        """Stop listening and drop every connection."""
+        if self._server is not None:
+            self._server.close()
+            for connection in list(self._connections):
+                connection.drop()
+            await self._server.wait_closed()
+            self._server = None
+
+    def reset(self) -> None:
+        """Begin report and limits again; calls in flight go on."""
+        self.statistics = _Statistics(now=self._clock())
+        self._limiter = Limiter(self.behaviour, clock=self._clock)
+
+    def change(self, changes: dict[str, object]) -> None:
+        """Change some fields of the behaviour; limits begin again where one of theirs changed.
+
+        Raises UsageError for an unknown field or a wrong value, and then nothing changed.
+        """
+        fixed = {"host", "port", "seed"} & changes.keys()
+        unknown = changes.keys() - asdict(self.behaviour).keys()
+        if fixed or unknown:
+            raise UsageError(f"These cannot be changed: {', '.join(sorted(fixed | unknown))}.")
+        try:
+            changed = msgspec.convert(asdict(self.behaviour) | changes, Behaviour)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"This is no behaviour: {error}.") from None
+        of_limits = ("rpm", "tpm", "algorithm", "bucket_seconds")
+        if any(getattr(changed, name) != getattr(self.behaviour, name) for name in of_limits):
+            self._limiter = Limiter(changed, clock=self._clock)
+        self.behaviour = changed
+
+    def report(self) -> dict[str, object]:
+        """Tell what clients did since the start or the last reset.
+
+        received              calls of the five endpoints, whatever became of them
+        invalid, unauthorized refused with 400 or 401 before any limit
+        refused               429 because a limit was reached
+        accepted              past the limits; each then is in flight, answered, abandoned by the
+                              client, or met one of ``faults``
+        called_twice, answered_twice  bodies that were accepted, or answered, more than once
+        peak_…_60s            the most that was accepted in any 60 s
+        over_limit            by how many calls arrivals, refused ones included, at most exceeded
+                              ``rpm`` in any 60 s; ``over_limit_tokens`` likewise
+        """
+        counted, behaviour = self.statistics, self.behaviour
+        calls, tokens = counted.arrived_calls.peak, counted.arrived_tokens.peak
+        return {
+            "simulated": True,
+            "received": counted.received,
+            "invalid": counted.invalid,
+            "unauthorized": counted.unauthorized,
+            "refused": counted.refused,
+            "accepted": counted.accepted,
+            "answered": counted.answered,
+            "abandoned": counted.abandoned,
+            "faults": {name: counted.faults[name] for name, _ in behaviour.faults()},
+            "called_twice": counted.bodies.called_twice,
+            "answered_twice": counted.bodies.answered_twice,
+            "bodies_untracked": counted.bodies.untracked,
+            "input_tokens": counted.input_tokens,
+            "output_tokens": counted.output_tokens,
+            "peak_calls_60s": counted.accepted_calls.peak,
+            "peak_tokens_60s": counted.accepted_tokens.peak,
+            "over_limit": 0 if behaviour.rpm is None else max(0, calls - behaviour.rpm),
+            "over_limit_tokens": 0 if behaviour.tpm is None else max(0, tokens - behaviour.tpm),
+            "in_flight": self.in_flight,
+            "peak_in_flight": counted.peak_in_flight,
+            "seconds": round(self._clock() - counted.started, 3),
+            "accepted_per_second": list(counted.accepted_per_second),
+        }
+
+    def handle(self, connection: "_Connection", method: str, path: str, body: bytes) -> None:
+        """Answer one request, now or later."""
+        if method == "POST" and path in _ROUTES:
+            self._call(connection, path, body)
+            return
+        match method, path:
+            case "GET", "/healthz":
+                connection.send(200, {"status": "ok", "simulated": True})
+            case "GET", "/report":
+                connection.send(200, self.report())
+            case "GET", "/v1/models":
+                model = {"id": "simulated", "object": "model", "created": 0, "owned_by": "sluice"}
+                connection.send(200, {"object": "list", "data": [model]})
+            case "POST", "/reset":
+                self.reset()
+                connection.send(200, {"reset": True})
+            case "POST", "/behaviour":
+                try:
+                    self.change(msgspec.json.decode(body, type=dict[str, object]))
+                    connection.send(200, asdict(self.behaviour) | {"require_key": None})
+                except (UsageError, msgspec.DecodeError) as error:
+                    connection.send_error(400, str(error), kind="invalid_request_error")
+            case _:
+                text = f"The simulator does not know {method} {path[:100]}."
+                connection.send_error(404, text, kind="invalid_request_error")
+
+    def _call(self, connection: "_Connection", route: str, body: bytes) -> None:
+        counted, behaviour, now = self.statistics, self.behaviour, self._clock()
+        counted.received += 1
+        if behaviour.require_key is not None:
+            expected = f"Bearer {behaviour.require_key}".encode()
+            if not hmac.compare_digest(connection.authorization, expected):
+                counted.unauthorized += 1
+                text = "Incorrect API key provided."
+                connection.send_error(
+                    401, text, kind="invalid_request_error", code="invalid_api_key"
+                )
+                return
+        asked, wrong = _asked(route, body)
+        if asked is None:
+            counted.invalid += 1
+            connection.send_error(400, wrong, kind="invalid_request_error")
+            return
+        work, charged = self._work(route, asked, body)
+        counted.arrived_calls.add(1, now)
+        counted.arrived_tokens.add(charged, now)
+        refusal = self._limiter.admit(tokens=charged)
+        if refusal is not None:
+            counted.refused += 1
+            self._refuse(connection, refusal)
+            return
+        counted.accept(tokens=charged, now=now)
+        self.in_flight += 1
+        counted.peak_in_flight = max(counted.peak_in_flight, self.in_flight)
+        connection.begin(work, self._fault(work.chance[0]))
+
+    def _work(self, route: str, asked: _Asked, body: bytes) -> tuple[_Work, int]:
+        """Draw how the call will go; return it with the tokens to charge."""
+        behaviour = self.behaviour
+        digest = hashlib.sha256(body).digest()[:16]
+        nth = self.statistics.bodies.called(digest)
+        chance = _chance(self._seed, digest, nth)
+        size = len(bytes(getattr(asked, _ROUTES[route])))
+        input_tokens = math.ceil(size / CHARS_PER_TOKEN) + 3
+        if route in {"/v1/embeddings", "/v1/moderations"}:
+            wanted = most = 0
+        else:
+            limits = (asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens)
+            most = next((limit for limit in limits if limit is not None), _MOST_OUTPUT_TOKENS)
+            wanted = round(_log_normal(behaviour.output_tokens, behaviour.output_sigma, chance[2]))
+        output_tokens = min(max(wanted, 1), most) if most else 0
+        work = _Work(
+            route=route,
+            asked=asked,
+            digest=digest,
+            chance=chance,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            is_cut_short=wanted > most,
+        )
+        reserved = most if most != _MOST_OUTPUT_TOKENS else output_tokens
+        return work, input_tokens + (reserved if behaviour.charge == "max" else output_tokens)
+
+    def _fault(self, chance: float) -> Fault | None:
+        for fault, rate in self.behaviour.faults():
+            if chance < rate:
+                self.statistics.faults[fault] += 1
+                return fault
+            chance -= rate
+        return None
+
+    def _refuse(self, connection: "_Connection", refusal: Refusal) -> None:
+        what = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}[
+            refusal.kind
+        ]
+        text = (
+            f"Rate limit reached on {what}: Limit {refusal.limit}. "
+            f"Please try again in {_duration(refusal.wait_s)}. [simulated]"
+        )
+        connection.send_error(
+            429, text, kind=refusal.kind, code="rate_limit_exceeded", retry_s=refusal.wait_s
+        )
+
+    def limit_headers(self) -> dict[str, str]:
+        """Say what is left of the limits, unless the behaviour keeps silent."""
+        return self._limiter.headers() if self.behaviour.send_headers else {}
+
+    def latency_s(self, chance: float) -> float:
+        """Draw how long an answer takes."""
+        behaviour = self.behaviour
+        return _log_normal(behaviour.latency_ms, behaviour.latency_sigma, chance) / 1000
+
+
+def _asked(route: str, body: bytes) -> tuple[_Asked | None, str]:
+    """Read a request; None and a sentence where OpenAI would answer 400."""
+    try:
+        asked = msgspec.json.decode(body, type=_Asked)
+    except (msgspec.DecodeError, RecursionError) as error:
+        return None, f"The body is not a request: {error}."
+    needed = _ROUTES[route]
+    if bytes(getattr(asked, needed))[:1] not in {b"[", b'"', b"{"}:
+        return None, f"Missing required parameter: '{needed}'."
+    if asked.stream:
+        return None, "The simulator does not stream."
+    return asked, ""
+
+
+class _Connection(asyncio.Protocol):
+    """One client connection: HTTP/1.1 with keep-alive, one request at a time."""
+
+    def __init__(self, simulator: Simulator, all_open: "set[_Connection]") -> None:
+        self._simulator = simulator
+        self._all_open = all_open
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._work: _Work | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_busy = False
+        self._forget_request()
+
+    def _forget_request(self) -> None:
+        self._url = b""
+        self._body: list[bytes] = []
+        self._size = 0
+        self._expects_continue = False
+        self.authorization = b""
+
+    def drop(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # asyncio calls these.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._all_open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.drop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._all_open.discard(self)
+        if self._work is not None:
+            self._simulator.statistics.abandoned += 1
+            self._end()
+
+    # httptools calls these.
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        match name.lower():
+            case b"authorization":
+                self.authorization = value
+            case b"expect":
+                self._expects_continue = value.lower() == b"100-continue"
+            case _:
+                pass
+
+    def on_headers_complete(self) -> None:
+        if self._expects_continue and self._transport is not None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+        if self._size <= MOST_BODY_BYTES:
+            self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._is_busy:  # pipelining, which no client of a model does
+            self.drop()
+            return
+        self._is_busy = True
+        method = self._parser.get_method().decode("latin-1")
+        path = self._url.partition(b"?")[0].decode("latin-1")
+        body = b"".join(self._body)
+        if self._size > MOST_BODY_BYTES:
+            self.send_error(413, "The body is too large.", kind="invalid_request_error")
+        else:
+            self._simulator.handle(self, method, path, body)
+        self._forget_request()
+
+    # Answering.
+
+    def send(
+        self, status: int, body: dict[str, object], headers: dict[str, str] | None = None
+    ) -> None:
+        """Send a JSON answer at once and be ready for the next request."""
+        if self._transport is not None:
+            self._transport.write(self._framed(status, msgspec.json.encode(body), headers or {}))
+        self._is_busy = False
+
+    def send_error(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str,
+        code: str | None = None,
+        retry_s: float | None = None,
+    ) -> None:
+        """Send an error of OpenAI's shape at once, with the limits where there are any."""
+        headers = self._simulator.limit_headers()
+        if retry_s is not None and self._simulator.behaviour.send_headers:
+            headers["retry-after"] = str(math.ceil(retry_s))
+            headers["retry-after-ms"] = str(math.ceil(retry_s * 1000))
+        self.send(status, _error(message, kind=kind, code=code), headers)
+
+    def _framed(self, status: int, body: bytes, headers: dict[str, str]) -> bytes:
+        phrase = HTTPStatus(status).phrase
+        told = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-sluice-simulated: true\r\n{told}\r\n"
+        )
+        return head.encode("latin-1") + body
+
+    def begin(self, work: _Work, fault: Fault | None) -> None:
+        """Work on an accepted call: its answer, or its fault, comes after its latency."""
+        self._work = work
+        loop, simulator = asyncio.get_running_loop(), self._simulator
+        if fault == "hang":
+            self._timer = loop.call_later(simulator.behaviour.hang_s, self.drop)
+            return
+        # The limits' state belongs to the arrival; real providers send it as of then, too.
+        headers = simulator.limit_headers()
+        headers["x-request-id"] = f"req_{work.digest.hex()}"
+        wait = simulator.latency_s(work.chance[1])
+        if wait > 0:
+            self._timer = loop.call_later(wait, self._answer, work, fault, headers)
+        else:
+            self._answer(work, fault, headers)
+
+    def _answer(self, work: _Work, fault: Fault | None, headers: dict[str, str]) -> None:
+        match fault:
+            case "error":
+                text = "The server had an error while processing your request. [simulated]"
+                self._finish_with_error(500, text, kind="server_error", headers=headers)
+            case "throttle":
+                text = "Rate limit reached for no reason. [simulated]"
+                if self._simulator.behaviour.send_headers:
+                    headers["retry-after"] = "1"
+                self._finish_with_error(429, text, kind="requests", headers=headers)
+            case "garbage":
+                whole = msgspec.json.encode(_answer(work))
+                is_html = work.chance[3] < 0.5  # noqa: PLR2004
+                body = b"<html>[simulated] gateway</html>" if is_html else whole[: len(whole) // 2]
+                self._finish(self._framed(200, body, headers))
+            case "cut":
+                whole = msgspec.json.encode(_answer(work))
+                framed = self._framed(200, whole, headers)
+                self._finish(framed[: len(framed) - len(whole) // 2])
+                if self._transport is not None:
+                    self._transport.close()
+            case "trickle":
+                body = msgspec.json.encode(_answer(work))
+                framed = self._framed(200, body, headers)
+                self._trickle(work, framed, len(framed) - len(body))
+            case None:
+                self._finish(self._framed(200, msgspec.json.encode(_answer(work)), headers))
+                self._count_answer(work)
+            case "hang":
+                raise AssertionError("a hanging call is never answered")
+            case _:
+                assert_never(fault)
+
+    def _count_answer(self, work: _Work) -> None:
+        counted = self._simulator.statistics
+        counted.answered += 1
+        counted.input_tokens += work.input_tokens
+        counted.output_tokens += work.output_tokens
+        counted.bodies.answered(work.digest)
+
+    def _finish_with_error(
+        self, status: int, message: str, *, kind: str, headers: dict[str, str]
+    ) -> None:
+        code = "rate_limit_exceeded" if status == HTTPStatus.TOO_MANY_REQUESTS else None
+        body = msgspec.json.encode(_error(message, kind=kind, code=code))
+        self._finish(self._framed(status, body, headers))
+
+    def _finish(self, framed: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(framed)
+        self._end()
+
+    def _trickle(self, work: _Work, rest: bytes, size: int) -> None:
+        """Send the next ``size`` bytes, then one byte at a time."""
+        if self._transport is None:
+            return
+        self._transport.write(rest[:size])
+        if rest[size:]:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(TRICKLE_S, self._trickle, work, rest[size:], 1)
+        else:
+            self._end()
+            self._count_answer(work)
+
+    def _end(self) -> None:
+        """The call is over: nothing is in flight and the next request may come."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._work = None
+        self._is_busy = False
+        self._simulator.in_flight -= 1
+
+
+async def simulate(
+    behaviour: Behaviour, *, on_ready: Callable[[Simulator, str], None] | None = None
+) -> None:
+    """Run a simulator until cancelled; ``on_ready`` gets it with its base URL once it listens."""
+    simulator = Simulator(behaviour)
+    url = await simulator.start()
+    try:
+        if on_ready is not None:
+            on_ready(simulator, url)
+        await asyncio.Event().wait()
+    finally:
+        await simulator.stop()
+
+
+def serve(
+    behaviour: Behaviour, *, on_ready: Callable[[Simulator, str], None] | None = None
+) -> None:
+    """Run a simulator in this process until Ctrl-C, on uvloop where there is one."""
+    try:
+        from uvloop import new_event_loop  # noqa: PLC0415 - not made for Windows
+    except ImportError:
+        new_event_loop = None
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        runner.run(simulate(behaviour, on_ready=on_ready))
