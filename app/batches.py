@@ -12,7 +12,7 @@ batch, its flows and its first event; whatever is wrong with any item, nothing i
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -354,10 +354,10 @@ class Ingest:
                 f"{most_output}\t"
                 f"{item.max_attempts or batch.max_attempts}\n"
             )
-            custom_id = _NULL.encode() if item.custom_id is None else _escaped(item.custom_id.encode())
-            requests.append(
-                b"%s%d\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body))
+            custom_id = (
+                _NULL.encode() if item.custom_id is None else _escaped(item.custom_id.encode())
             )
+            requests.append(b"%s%d\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body)))
         return _Prepared(
             items="".join(rows).encode(),
             requests=b"".join(requests),
@@ -526,7 +526,7 @@ async def items_numbered(conn: Connection, *, batch: Batch, seqs: Sequence[int])
 
 async def results(
     conn: Connection, *, workspace_id: UUID, batch_id: UUID, batch_day: date
-) -> AsyncIterator[Result]:
+) -> AsyncGenerator[Result]:
     """Every item's result in input order, streamed. Needs an open transaction."""
     async with aclosing(
         _results.stream(conn, workspace_id=workspace_id, batch_id=batch_id, batch_day=batch_day)
@@ -541,9 +541,7 @@ async def resource_ids(conn: Connection, *, workspace_id: UUID, batch_id: UUID) 
     return [row.resource_id for row in rows]
 
 
-async def redrive(
-    conn: Connection, *, workspace_id: UUID, batch_id: UUID, most: int = 5000
-) -> int:
+async def redrive(conn: Connection, *, workspace_id: UUID, batch_id: UUID, most: int = 5000) -> int:
     """Put up to ``most`` failed items back in line; how many. Answered ones stay as they are."""
     row = await _redrive.one(conn, workspace_id=workspace_id, batch_id=batch_id, most=most)
     return row.redriven

@@ -9,7 +9,7 @@ a domain function: processes and handlers do (``async with db.transaction() as c
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Generic, LiteralString, Self, TypeVar, cast
 
 import psycopg
 from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import class_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -47,9 +48,7 @@ def statements(file: str) -> dict[str, bytes]:
     """All statements of ``sql/queries/<file>.sql`` by name, in the order of the file."""
     text = (folder("sql") / "queries" / f"{file}.sql").read_bytes()
     parts = _NAME.split(text)[1:]
-    return {
-        name.decode(): body.strip() for name, body in zip(parts[::2], parts[1::2], strict=True)
-    }
+    return {name.decode(): body.strip() for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
 class NoRow:
@@ -95,7 +94,9 @@ class Query(Generic[Row]):
             await cursor.execute(self.sql, params)
             return cursor.rowcount
 
-    async def stream(self, conn: Connection, *, size: int = 500, **params: object) -> AsyncIterator[Row]:
+    async def stream(
+        self, conn: Connection, *, size: int = 500, **params: object
+    ) -> AsyncGenerator[Row]:
         """Rows through a server-side cursor, ``size`` at a time: any number in bounded memory.
 
         Needs an open transaction, which keeps one snapshot for all rows.
@@ -143,7 +144,7 @@ class Database:
         await self._pool.close()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
+    async def connection(self) -> AsyncGenerator[Connection]:
         """A connection in autocommit; for single statements and for reading."""
         try:
             conn = await self._pool.getconn()
@@ -156,7 +157,7 @@ class Database:
             await self._pool.putconn(conn)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Connection]:
+    async def transaction(self) -> AsyncGenerator[Connection]:
         """A connection inside a transaction that commits at the end of the block."""
         async with self.connection() as conn, conn.transaction():
             yield conn
@@ -207,7 +208,7 @@ KEEPALIVE: dict[str, Any] = {
 def unavailable(url: str, error: BaseException) -> DatabaseUnavailableError:
     """The sentence for a database that cannot be reached; never shows its password."""
     try:
-        parts = psycopg.conninfo.conninfo_to_dict(url)
+        parts = conninfo_to_dict(url)
     except psycopg.Error:
         return DatabaseUnavailableError("SLUICE_DATABASE_URL is not a valid PostgreSQL address.")
     where = f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from uuid import UUID
 
 import psycopg
+from psycopg import sql
 
 from app.db import CONNECTION_ERRORS, KEEPALIVE, Connection, Database
 from app.log import Log
@@ -121,7 +122,7 @@ class Listener:
     async def _listen(self, conn: Connection) -> None:
         own = f"{_SELF}_{id(self)}_{time.monotonic_ns()}"
         for channel in (*self._channels, own):
-            await conn.execute(psycopg.sql.SQL("listen {}").format(psycopg.sql.Identifier(channel)))
+            await conn.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
         self.connected.set()
         for channel in self._channels:
             self._heard(channel, None)

@@ -360,10 +360,17 @@ def _body(call: Call) -> bytes:
     members = {**members, **{k: v for k, v in defaults.items() if k not in members}}
     for unwanted in ("stream", "stream_options"):
         members.pop(unwanted, None)
-    members["model"] = json.dumps(call.model).encode()
+    members["model"] = _json_string(call.model)
     return b"{%b}" % b",".join(
-        b"%b:%b" % (json.dumps(name).encode(), value) for name, value in members.items()
+        b"%b:%b" % (_json_string(name), value) for name, value in members.items()
     )
+
+
+def _json_string(text: str) -> bytes:
+    try:
+        return msgspec.json.encode(text)
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can write
+        return json.dumps(text).encode()
 
 
 def _members(text: bytes) -> dict[str, bytes] | None:
@@ -704,7 +711,9 @@ def _quoted(top: _Top | None, error: _Error | None, secrets: Sequence[str]) -> s
 
 def _clean(text: str | None) -> str | None:
     """Replace what Postgres (NUL) or a terminal (control characters) would stumble over."""
-    return "".join(c if c.isprintable() else " " for c in text).strip() if text else None
+    if not text or text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _secrets(call: Call) -> list[str]:

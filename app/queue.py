@@ -42,19 +42,22 @@ class Due:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claimed:
-    """One row of a claim: an item, or (seq is None) the report that ends it."""
+    """One row of a claim: an item, or (``seq`` is None) the report that ends it.
 
-    batch_day: date | None
-    batch_id: UUID | None
+    In the report all item fields down to ``body`` are None, whatever their types say here.
+    """
+
+    batch_day: date
+    batch_id: UUID
     seq: int | None
-    attempt: int | None
-    failures: int | None
-    max_attempts: int | None
-    input_tokens: int | None
-    output_tokens: int | None
-    impossible: bool | None
-    endpoint: str | None
-    body: str | None
+    attempt: int
+    failures: int
+    max_attempts: int
+    input_tokens: int
+    output_tokens: int
+    impossible: bool
+    endpoint: str
+    body: str
     claimed_at: datetime
     limit_ids: list[UUID] | None
     busy: bool
@@ -299,44 +302,32 @@ async def claim(
         guard_s=guard_s,
         grace_s=grace_s,
     )
-    items: list[Item] = []
-    for row in rows:
-        if (
-            row.seq is not None
-            and row.batch_day is not None
-            and row.batch_id is not None
-            and row.attempt is not None
-            and row.failures is not None
-            and row.max_attempts is not None
-            and row.input_tokens is not None
-            and row.output_tokens is not None
-            and row.endpoint is not None
-            and row.body is not None
-        ):
-            items.append(
-                Item(
-                    workspace_id=workspace_id,
-                    resource_id=resource_id,
-                    batch_day=row.batch_day,
-                    batch_id=row.batch_id,
-                    seq=row.seq,
-                    attempt=row.attempt,
-                    failures=row.failures,
-                    max_attempts=row.max_attempts,
-                    input_tokens=row.input_tokens,
-                    output_tokens=row.output_tokens,
-                    impossible=bool(row.impossible),
-                    endpoint=row.endpoint,
-                    body=row.body,
-                    claimed_at=row.claimed_at,
-                    limit_ids=() if row.impossible else tuple(row.limit_ids or ()),
-                )
-            )
+    items = [
+        Item(
+            workspace_id=workspace_id,
+            resource_id=resource_id,
+            batch_day=row.batch_day,
+            batch_id=row.batch_id,
+            seq=row.seq,
+            attempt=row.attempt,
+            failures=row.failures,
+            max_attempts=row.max_attempts,
+            input_tokens=row.input_tokens,
+            output_tokens=row.output_tokens,
+            impossible=row.impossible,
+            endpoint=row.endpoint,
+            body=row.body,
+            claimed_at=row.claimed_at,
+            limit_ids=() if row.impossible else tuple(row.limit_ids or ()),
+        )
+        for row in rows
+        if row.seq is not None
+    ]
     if not rows:
         return Claim(items=[], wait_s=None, busy=False, isolated=False, config_at=None)
     report = rows[-1]
     wait_s = None
-    if report.next_at is not None and report.next_at.year < 9999:
+    if report.next_at is not None:
         wait_s = max((report.next_at - report.claimed_at).total_seconds(), 0.0)
     return Claim(
         items=items,

@@ -121,6 +121,6 @@ def describe() -> str:
     rows = ["| setting | default | what for |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = "`~/.sluice`, as root `/var/lib/sluice`" if name == "home" else field.default
-        shown = "–" if default in (None, "") else default if name == "home" else f"`{default}`"
+        shown = "-" if default in (None, "") else default if name == "home" else f"`{default}`"
         rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)

@@ -338,19 +338,20 @@ class _Bodies:
         self.answered_twice = 0
         self.untracked = 0
 
-    def called(self, digest: bytes) -> int:
-        """Count a call; return how often this body was called before."""
+    def calls(self, digest: bytes) -> int:
+        """Return how often a body was called, 15 for more."""
+        return self._seen.get(digest, 0) & 15
+
+    def called(self, digest: bytes) -> None:
         seen = self._seen.get(digest)
-        if seen is None:
-            if len(self._seen) >= MOST_BODIES:
-                self.untracked += 1
-                return 0
+        if seen is not None:
+            calls, answers = seen & 15, seen >> 4
+            self.called_twice += calls == 1
+            self._seen[digest] = min(calls + 1, 15) | answers << 4
+        elif len(self._seen) < MOST_BODIES:
             self._seen[digest] = 1
-            return 0
-        calls, answers = seen & 15, seen >> 4
-        self.called_twice += calls == 1
-        self._seen[digest] = min(calls + 1, 15) | answers << 4
-        return calls
+        else:
+            self.untracked += 1
 
     def answered(self, digest: bytes) -> None:
         seen = self._seen.get(digest)
@@ -379,8 +380,9 @@ class _Statistics:
         self.arrived_calls, self.arrived_tokens = _Peak(), _Peak()
         self.accepted_calls, self.accepted_tokens = _Peak(), _Peak()
 
-    def accept(self, *, tokens: int, now: float) -> None:
+    def accept(self, digest: bytes, *, tokens: int, now: float) -> None:
         self.accepted += 1
+        self.bodies.called(digest)
         self.accepted_calls.add(1, now)
         self.accepted_tokens.add(tokens, now)
         second = int(now - self.started)
@@ -521,13 +523,15 @@ def _answer(work: _Work) -> dict[str, object]:
             total = {"prompt_tokens": work.input_tokens, "total_tokens": work.input_tokens}
             return {"object": "list", "data": vectors, "usage": total} | common
         case _:
-            nothing = {"flagged": False, "categories": {}, "category_scores": {}}
+            empty: dict[str, object] = {}
+            nothing = {"flagged": False, "categories": empty, "category_scores": empty}
             results = [nothing for _ in range(_inputs(work.asked.input))]
             return {"id": f"modr-{name}", "results": results} | common
 
 
 def _response(work: _Work, name: str, created: int) -> dict[str, object]:
-    content = {"type": "output_text", "text": _text(work), "annotations": []}
+    annotations: list[object] = []
+    content = {"type": "output_text", "text": _text(work), "annotations": annotations}
     message = {
         "id": f"msg_{name}",
         "type": "message",
@@ -707,7 +711,8 @@ class Simulator:
             case "POST", "/behaviour":
                 try:
                     self.change(msgspec.json.decode(body, type=dict[str, object]))
-                    connection.send(200, asdict(self.behaviour) | {"require_key": None})
+                    shown: dict[str, object] = asdict(self.behaviour)
+                    connection.send(200, shown | {"require_key": None})
                 except (UsageError, msgspec.DecodeError) as error:
                     connection.send_error(400, str(error), kind="invalid_request_error")
             case _:
@@ -739,7 +744,7 @@ class Simulator:
             counted.refused += 1
             self._refuse(connection, refusal)
             return
-        counted.accept(tokens=charged, now=now)
+        counted.accept(work.digest, tokens=charged, now=now)
         self.in_flight += 1
         counted.peak_in_flight = max(counted.peak_in_flight, self.in_flight)
         connection.begin(work, self._fault(work.chance[0]))
@@ -748,8 +753,7 @@ class Simulator:
         """Draw how the call will go; return it with the tokens to charge."""
         behaviour = self.behaviour
         digest = hashlib.sha256(body).digest()[:16]
-        nth = self.statistics.bodies.called(digest)
-        chance = _chance(self._seed, digest, nth)
+        chance = _chance(self._seed, digest, self.statistics.bodies.calls(digest))
         size = len(bytes(getattr(asked, _ROUTES[route])))
         input_tokens = math.ceil(size / CHARS_PER_TOKEN) + 3
         if route in {"/v1/embeddings", "/v1/moderations"}:
@@ -940,7 +944,7 @@ class _Connection(asyncio.Protocol):
             return
         # The limits' state belongs to the arrival; real providers send it as of then, too.
         headers = simulator.limit_headers()
-        headers["x-request-id"] = f"req_{work.digest.hex()}"
+        headers["x-request-id"] = f"req_{work.digest.hex()[:20]}{simulator.statistics.accepted:08x}"
         wait = simulator.latency_s(work.chance[1])
         if wait > 0:
             self._timer = loop.call_later(wait, self._answer, work, fault, headers)

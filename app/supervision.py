@@ -24,9 +24,7 @@ class Supervisor:
 
     def start(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
         """Run ``loop()`` from now on, and again whenever it ends."""
-        self._tasks.append(
-            asyncio.create_task(self._keep(name, loop), name=f"{self._name}.{name}")
-        )
+        self._tasks.append(asyncio.create_task(self._keep(name, loop), name=f"{self._name}.{name}"))
 
     async def stop(self) -> None:
         """Cancel all loops and wait for them."""
@@ -47,5 +45,10 @@ class Supervisor:
                 reason = f"{type(error).__name__}: {error}"
             failures = 0 if clock() - begun > _STEADY_S else failures + 1
             pause_s = random.uniform(0.1, min(5.0, 0.2 * 2**failures))  # noqa: S311 - jitter
-            log.error("loop.restarted", loop=f"{self._name}.{name}", reason=reason, pause_s=round(pause_s, 2))
+            log.error(
+                "loop.restarted",
+                loop=f"{self._name}.{name}",
+                reason=reason,
+                pause_s=round(pause_s, 2),
+            )
             await asyncio.sleep(pause_s)

@@ -198,17 +198,7 @@ class Worker:
         if self._suspecting and self._calls:
             return _Rest(for_slots=True)
         self._suspecting = False
-        async with self._db.connection() as conn:
-            due = await queue.due(conn)
-        sleep_s = random.uniform(0.8, 1.2) * _LOOK_S  # noqa: S311 - jitter
-        ready: list[queue.Due] = []
-        for resource in due:
-            wait_s = (resource.next_at - resource.now).total_seconds()
-            if wait_s <= 0:
-                ready.append(resource)
-            else:
-                sleep_s = min(sleep_s, wait_s)
-        random.shuffle(ready)
+        ready, sleep_s = await self._due()
         while ready:
             share = max(self._free() // len(ready), 1)
             has_more: list[queue.Due] = []
@@ -217,8 +207,8 @@ class Worker:
                 if want <= 0:
                     return _Rest(for_slots=True)
                 claim = await self._claim(resource, want)
+                self._suspecting = claim.isolated
                 if claim.isolated:
-                    self._suspecting = True
                     return _Rest(for_slots=True)
                 more_s = _more_in(claim, want)
                 if more_s == 0:
@@ -227,6 +217,16 @@ class Worker:
                     sleep_s = min(sleep_s, more_s)
             ready = has_more
         return _Rest(seconds=sleep_s)
+
+    async def _due(self) -> tuple[list[queue.Due], float]:
+        """Resources to ask now, in random order, and seconds until the next one or a look."""
+        async with self._db.connection() as conn:
+            known = await queue.due(conn)
+        waits = {due.resource_id: (due.next_at - due.now).total_seconds() for due in known}
+        ready = [due for due in known if waits[due.resource_id] <= 0]
+        random.shuffle(ready)
+        look_s = random.uniform(0.8, 1.2) * _LOOK_S  # noqa: S311 - jitter
+        return ready, min([look_s, *(s for s in waits.values() if s > 0)])
 
     async def _claim(self, due: queue.Due, want: int) -> queue.Claim:
         begun = time.monotonic()
@@ -290,7 +290,7 @@ class Worker:
         try:
             secret = tenants.open_secret(self._keyring, route)
         except SecretError as error:
-            log.error("secret.unreadable", connection=route.connection_id, reason=str(error))
+            log.warning("secret.unreadable", connection=route.connection_id, reason=str(error))
             return error
         default_args = msgspec.json.encode(route.default_args) if route.default_args else None
         target = _Target(route=route, secret=secret, default_args=default_args)
@@ -299,12 +299,12 @@ class Worker:
 
     # Calling ---------------------------------------------------------------------------------------
 
-    def _begin(
-        self, item: Item, target: _Target | SecretError | None, claim_begun: float
-    ) -> None:
+    def _begin(self, item: Item, target: _Target | SecretError | None, claim_begun: float) -> None:
         if item.impossible:
             self._settle_unsent(
-                item, Outcome.impossible, "CAPACITY_IMPOSSIBLE",
+                item,
+                Outcome.impossible,
+                "CAPACITY_IMPOSSIBLE",
                 "its prompt alone is larger than a limit that was set after its creation",
             )
         elif target is None:
@@ -437,7 +437,7 @@ class Worker:
         self._finish(item, settlement, None)
 
     def _backoff_s(self, failures: int) -> float:
-        """Full jitter: anything up to base × 2^failures, capped (AWS architecture blog, 2015)."""
+        """Full jitter: anything up to base * 2^failures, capped (AWS architecture blog, 2015)."""
         most = min(self._settings.backoff_cap_s, self._settings.backoff_base_s * 2**failures)
         return random.uniform(0, most)  # noqa: S311 - jitter
 
@@ -537,7 +537,12 @@ class Worker:
     def _give_up(self, finished: _Finished, error: psycopg.Error) -> None:
         """An outcome that cannot be stored as it is: store that fact instead, once."""
         settlement = finished.settlement
-        log.error("outcome.refused", batch=settlement.batch_id, seq=settlement.seq, sqlstate=error.sqlstate)
+        log.error(
+            "outcome.refused",
+            batch=settlement.batch_id,
+            seq=settlement.seq,
+            sqlstate=error.sqlstate,
+        )
         if settlement.error_code == "unstorable":
             self._held.discard(_key(settlement))
             return
@@ -593,7 +598,7 @@ class Worker:
                 async with self._db.connection() as conn:
                     await queue.stop_worker(conn, worker_id=self.worker_id)
         except (*CONNECTION_ERRORS, TimeoutError) as error:
-            log.error(
+            log.warning(
                 "worker.stopped_unwritten", outcomes=len(self._finished), error=type(error).__name__
             )
         else:

@@ -1,36 +1,36 @@
-"""Which HTTP client makes the most provider calls per CPU second?
+"""Which HTTP client makes the most provider calls per second of CPU?
 
 Method
 ------
 A provider answers after hundreds of milliseconds, so a worker keeps about a thousand calls in
-flight and the client's CPU per call, not its latency, decides how many calls one process can make.
+flight, and the client's CPU per call decides how many calls one process can make.
 
-* Server: raw asyncio in a process of its own, keep-alive, answers every POST with the same 449-byte
-  chat completion ``--latency-ms`` after the request is complete. Its CPU is shown beside each
-  client; where it comes near 100 % the row measures the server, not the client.
-* Client: one process per client and round, so that nothing is shared and threads of Rust runtimes
-  are counted (``getrusage`` of the process). ``--in-flight`` tasks draw from one counter until
-  ``--calls`` calls are made. Each call posts 600 bytes of JSON with an ``Authorization`` header,
-  has a total deadline of 60 s, reads the body with a bound of 32 MiB and looks at two headers: what
-  `app.provider` needs of every call. Before the clock starts each task makes one call, so
-  connections are open.
-* Rounds are interleaved (a, b, c, a, b, c) and the median of each column is printed. ``p99`` is
-  the 99th percentile of one call's time; the server's latency is the least it can be.
+* Server: raw asyncio on uvloop in a process of its own, keep-alive, answers every POST with the
+  same small chat completion ``--latency-ms`` after the request is complete. Its CPU is shown beside
+  each client: where it comes near 100 % of a core, the row measures the server and not the client.
+  With 1,000 in flight and 200 ms, 5,000 calls/s is the ceiling for everybody.
+* Client: one process per client and round, so that nothing is shared and the threads of Rust
+  runtimes are counted (``getrusage`` of the process). ``--in-flight`` tasks draw from one counter
+  until ``--calls`` calls are made. Each posts about 600 bytes of JSON with an ``Authorization``
+  header under a deadline of 60 s, reads a body bounded to 32 MiB and looks at two headers. Before
+  the clock starts every connection is opened and used twice.
+* ``sluice`` is `app.provider.Provider` as workers use it: on top of what the others do it puts the
+  model into the body, checks the answer's JSON, reads usage and makes an outcome.
 * ``floor`` is no client: a protocol that writes prepared bytes and waits for a known length. It
   shows what asyncio, the kernel and this loop of tasks cost without any HTTP.
-* httpx is measured at 200 in flight: its pool is searched linearly, at 1,000 it does not finish in
-  reasonable time.
-* Event loop: uvloop on both sides unless ``--loop asyncio``, which changes the client side only.
+* httpx is measured with 200 in flight and a tenth of the calls: its pool is searched linearly, and
+  with 1,000 it does not end in reasonable time.
+* Rounds are interleaved (a, b, c, a, b, c); the table has the median of each column, the JSON has
+  every round. ``p99`` is one call's time, of which the server's latency is the least it can be.
+* A client that is not installed is left out.
 
-Run it on an idle machine with at least two cores:
+Run it on an otherwise idle machine with at least two cores:
 
     python -m bench.http_clients --calls 20000 --in-flight 1000 --latency-ms 200 --json out.json
 """
 
 import argparse
 import asyncio
-import contextlib
-import functools
 import json
 import os
 import platform
@@ -41,24 +41,25 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
+from urllib.parse import urlsplit
 
-import aiohttp
-import foghttp
-import httpx
-import pyqwest
-import pyreqwest.client
 import uvloop
+
+from app.provider import Answered, Call, Endpoint, Provider
 
 DEADLINE_S = 60.0
 MOST_BYTES = 32 * 1024 * 1024
 HTTPX_IN_FLIGHT = 200
+MOST_HTTPX_CALLS = 2_000
+WARM_UPS = 2
 ROUND_LIMIT_S = 300.0
 
 REQUEST = json.dumps(
@@ -114,7 +115,7 @@ class Measured:
 class Server(asyncio.Protocol):
     """Answers each request after a fixed time; one timer serves all connections."""
 
-    due: deque[tuple[float, asyncio.Transport]] = deque()
+    due: ClassVar[deque[tuple[float, asyncio.Transport]]] = deque()
     timer: asyncio.TimerHandle | None = None
     latency_s = 0.2
 
@@ -128,8 +129,7 @@ class Server(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast("asyncio.Transport", transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.received += data
@@ -175,7 +175,7 @@ async def serve(latency_ms: float) -> None:
     Server.latency_s = latency_ms / 1000
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Server, "127.0.0.1", 0, backlog=4096)
-    print(server.sockets[0].getsockname()[1], flush=True)  # noqa: T201
+    print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
 
 
@@ -190,7 +190,9 @@ def server_cpu_s(port: int) -> float:
 
 
 @asynccontextmanager
-async def with_aiohttp(url: str, in_flight: int) -> AsyncIterator[Post]:
+async def with_aiohttp(url: str, in_flight: int) -> AsyncGenerator[Post]:
+    import aiohttp  # noqa: PLC0415 - each process loads only the client it measures
+
     connector = aiohttp.TCPConnector(limit=in_flight)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
@@ -211,8 +213,10 @@ async def with_aiohttp(url: str, in_flight: int) -> AsyncIterator[Post]:
 
 
 @asynccontextmanager
-async def with_pyreqwest(url: str, in_flight: int) -> AsyncIterator[Post]:
-    builder = pyreqwest.client.ClientBuilder().no_proxy().follow_redirects(enable=False)
+async def with_pyreqwest(url: str, in_flight: int) -> AsyncGenerator[Post]:
+    from pyreqwest.client import ClientBuilder  # noqa: PLC0415
+
+    builder = ClientBuilder().no_proxy().follow_redirects(enable=False)
     deadline = timedelta(seconds=DEADLINE_S)
     async with builder.max_connections(in_flight).build() as client:
 
@@ -228,50 +232,9 @@ async def with_pyreqwest(url: str, in_flight: int) -> AsyncIterator[Post]:
 
 
 @asynccontextmanager
-async def with_pyqwest(url: str, in_flight: int) -> AsyncIterator[Post]:
-    async with pyqwest.HTTPTransport(
-        follow_redirects=False, enable_otel=False, pool_max_idle_per_host=in_flight
-    ) as transport:
-        client = pyqwest.Client(transport)
+async def with_httpx(url: str, in_flight: int) -> AsyncGenerator[Post]:
+    import httpx  # noqa: PLC0415
 
-        async def post() -> int:
-            async with (
-                asyncio.timeout(DEADLINE_S),
-                client.stream("POST", url, HEADERS, REQUEST) as response,
-            ):
-                size = 0
-                async for chunk in response.content:
-                    size += len(chunk)
-                    assert size <= MOST_BYTES
-                assert response.headers["x-request-id"]
-                assert response.headers["x-ratelimit-remaining-requests"]
-                return size
-
-        yield post
-
-
-@asynccontextmanager
-async def with_foghttp(url: str, in_flight: int) -> AsyncIterator[Post]:
-    async with foghttp.AsyncClient(
-        limits=foghttp.Limits(
-            max_active_requests=in_flight,
-            max_idle_connections_per_host=in_flight,
-            max_response_body_size=MOST_BYTES,
-        ),
-        timeouts=foghttp.Timeouts(read=60, pool=60, total=DEADLINE_S),
-    ) as client:
-
-        async def post() -> int:
-            response = await client.post(url, content=REQUEST, headers=HEADERS)
-            assert response.headers["x-request-id"]
-            assert response.headers["x-ratelimit-remaining-requests"]
-            return len(response.content)
-
-        yield post
-
-
-@asynccontextmanager
-async def with_httpx(url: str, in_flight: int) -> AsyncIterator[Post]:
     limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
     async with httpx.AsyncClient(limits=limits, trust_env=False, timeout=DEADLINE_S) as client:
 
@@ -291,6 +254,28 @@ async def with_httpx(url: str, in_flight: int) -> AsyncIterator[Post]:
         yield post
 
 
+@asynccontextmanager
+async def with_sluice(url: str, in_flight: int) -> AsyncGenerator[Post]:
+    call = Call(
+        base_url=url,
+        endpoint=Endpoint.chat_completions,
+        model="sluice-bench",
+        body=REQUEST,
+        timeout_s=DEADLINE_S,
+        api_key="bench",
+    )
+    async with Provider(max_connections=in_flight, max_response_bytes=MOST_BYTES) as provider:
+
+        async def post() -> int:
+            outcome = await provider.call(call)
+            assert isinstance(outcome, Answered), outcome
+            assert outcome.headers["x-request-id"]
+            assert outcome.headers["x-ratelimit-remaining-requests"]
+            return len(outcome.body)
+
+        yield post
+
+
 class Floor(asyncio.Protocol):
     """Knows how many bytes an answer has and wakes its caller when they are there."""
 
@@ -300,8 +285,7 @@ class Floor(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast("asyncio.Transport", transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.missing -= len(data)
@@ -310,10 +294,10 @@ class Floor(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def with_floor(url: str, in_flight: int) -> AsyncIterator[Post]:
+async def with_floor(url: str, in_flight: int) -> AsyncGenerator[Post]:
     del in_flight
     loop = asyncio.get_running_loop()
-    port = int(url.split(":")[2].split("/")[0])
+    port = urlsplit(url).port
     idle: list[Floor] = []
     request = b"POST / HTTP/1.1\r\nhost: bench\r\ncontent-length: %d\r\n\r\n%b" % (
         len(REQUEST),
@@ -338,11 +322,12 @@ async def with_floor(url: str, in_flight: int) -> AsyncIterator[Post]:
         connection.transport.close()
 
 
-CLIENTS = {
+Client = Callable[[str, int], AbstractAsyncContextManager[Post]]
+
+CLIENTS: dict[str, Client] = {
     "floor": with_floor,
+    "sluice": with_sluice,
     "pyreqwest": with_pyreqwest,
-    "pyqwest": with_pyqwest,
-    "foghttp": with_foghttp,
     "aiohttp": with_aiohttp,
     "httpx": with_httpx,
 }
@@ -350,9 +335,11 @@ CLIENTS = {
 
 async def measure(client: str, *, port: int, calls: int, in_flight: int) -> Measured:
     """Make ``calls`` calls with one client in this process."""
-    async with CLIENTS[client](f"http://127.0.0.1:{port}/v1/chat/completions", in_flight) as post:
+    base = f"http://127.0.0.1:{port}"
+    url = base if client == "sluice" else f"{base}/v1/chat/completions"
+    async with CLIENTS[client](url, in_flight) as post:
         times: list[float] = []
-        for _ in range(2):
+        for _ in range(WARM_UPS):
             await asyncio.gather(*(post() for _ in range(in_flight)))
         numbers = iter(range(calls))
 
@@ -390,70 +377,171 @@ def process_cpu_s() -> float:
 # The parent ---------------------------------------------------------------------------------------
 
 
-def measure_in_child(client: str, *, port: int, args: argparse.Namespace) -> Measured:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What every client has to do."""
+
+    calls: int
+    in_flight: int
+    latency_ms: float
+    rounds: int
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    """Run this module in a process of its own."""
+    command = [sys.executable, "-m", "bench.http_clients", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def measure_in_child(client: str, workload: Workload, *, port: int) -> Measured:
     """Measure one client in a process of its own, with the server's CPU beside it."""
-    in_flight = min(args.in_flight, HTTPX_IN_FLIGHT) if client == "httpx" else args.in_flight
-    calls = min(args.calls, 2_000) if client == "httpx" else args.calls
-    before, begun = server_cpu_s(port), time.perf_counter()
-    child = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "bench.http_clients", "--child", client, "--port", str(port)]
-        + ["--calls", str(calls), "--in-flight", str(in_flight), "--loop", args.loop],
-        check=True,
-        capture_output=True,
-        timeout=ROUND_LIMIT_S,
-    )
-    row = json.loads(child.stdout)
-    del begun
-    row["server_cpu_percent"] = (
-        (server_cpu_s(port) - before) / ((calls + 2 * in_flight) / row["calls_per_s"]) * 100
-    )
-    return Measured(**row)
+    calls, in_flight = workload.calls, workload.in_flight
+    if client == "httpx":
+        calls, in_flight = min(calls, MOST_HTTPX_CALLS), min(in_flight, HTTPX_IN_FLIGHT)
+    before = server_cpu_s(port)
+    arguments = ["--port", str(port), "--calls", str(calls), "--in-flight", str(in_flight)]
+    with start("--measure", client, *arguments) as child:
+        try:
+            written, _ = child.communicate(timeout=ROUND_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            sys.exit(f"{client} did not finish within {ROUND_LIMIT_S:g} s.")
+    if child.returncode:
+        sys.exit(f"{client} failed.")
+    row = cast("dict[str, object]", json.loads(written))
+    measured = Measured(**row)  # pyright: ignore[reportArgumentType] - asdict of one
+    # The server also worked for the calls before the clock started; take its share.
+    share = calls / (calls + WARM_UPS * in_flight)
+    used = (server_cpu_s(port) - before) * share
+    row["server_cpu_percent"] = used / (calls / measured.calls_per_s) * 100
+    return Measured(**row)  # pyright: ignore[reportArgumentType]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def compare(clients: list[str], workload: Workload) -> list[Measured]:
+    """Measure each client in each round against one server."""
+    with start("--serve", "--latency-ms", str(workload.latency_ms)) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        try:
+            return [
+                measure_in_child(client, workload, port=port)
+                for _ in range(workload.rounds)
+                for client in clients
+            ]
+        finally:
+            server.kill()
+
+
+def median(rows: list[Measured]) -> dict[str, float]:
+    """Take the median of each number over the rounds."""
+    return {
+        field.name: statistics.median(cast("float", getattr(row, field.name)) for row in rows)
+        for field in fields(Measured)
+        if field.name != "client"
+    }
+
+
+def table(rows: list[Measured]) -> str:
+    """Show one line per client."""
+    lines = [
+        "client      in flight   calls/s   CPU µs/call   p50 ms   p99 ms   MiB   server CPU",
+        "---------   ---------   -------   -----------   ------   ------   ---   ----------",
+    ]
+    for client in dict.fromkeys(row.client for row in rows):
+        m = median([row for row in rows if row.client == client])
+        lines.append(
+            f"{client:<9}   {m['in_flight']:>9,.0f}   {m['calls_per_s']:>7,.0f}   "
+            f"{m['cpu_us_per_call']:>11,.0f}   {m['p50_ms']:>6,.0f}   {m['p99_ms']:>6,.0f}   "
+            f"{m['max_rss_mib']:>3,.0f}   {m['server_cpu_percent']:>8,.0f} %"
+        )
+    return "\n".join(lines)
+
+
+def surroundings() -> dict[str, object]:
+    """Name what the numbers depend on."""
+    packages = ["aiohttp", "httptools", "httpx", "pyreqwest", "uvloop"]
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "packages": {name: version(name) for name in packages if find_spec(name)},
+    }
+
+
+def run(clients: list[str], workload: Workload, *, json_path: Path | None = None) -> None:
+    """Compare, print the table and write every round as JSON."""
+    around = surroundings()
+    rows = compare(clients, workload)
+    print(table(rows))
+    if json_path is not None:
+        result = {
+            "workload": asdict(workload),
+            "surroundings": around,
+            "rounds": [asdict(row) for row in rows],
+        }
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def installed() -> list[str]:
+    """List the clients that can be measured here."""
+    return [name for name in CLIENTS if name in {"floor", "sluice"} or find_spec(name)]
+
+
+def main(*, quick: bool = False) -> None:
+    """Run with the defaults, or with a twentieth of the calls."""
+    calls, in_flight, rounds = (1_000, 100, 1) if quick else (20_000, 1_000, 3)
+    workload = Workload(calls=calls, in_flight=in_flight, latency_ms=200, rounds=rounds)
+    run([name for name in installed() if not quick or name != "httpx"], workload)
+
+
+class Arguments(argparse.Namespace):
+    """The command line with its types."""
+
+    calls: int
+    in_flight: int
+    latency_ms: float
+    rounds: int
+    clients: list[str]
+    json: Path | None
+    port: int
+    measure: str | None
+    serve: bool
+
+
+def command_line() -> None:
+    """Read the command line; ``--serve`` and ``--measure`` are how the processes start each other."""
+    parser = argparse.ArgumentParser(prog="python -m bench.http_clients")
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--in-flight", type=int, default=1_000)
     parser.add_argument("--latency-ms", type=float, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loop", default="uvloop")
-    parser.add_argument("--only", nargs="*", default=list(CLIENTS))
+    parser.add_argument("--clients", nargs="+", default=installed(), choices=list(CLIENTS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child")
-    parser.add_argument("--port", type=int)
-    args = parser.parse_args()
-    runner = functools.partial(
-        asyncio.Runner, loop_factory=uvloop.new_event_loop if args.loop == "uvloop" else None
-    )
-    if args.child == "server":
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
-            loop.run(serve(args.latency_ms))
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(namespace=Arguments())
+    if not given.serve and given.measure is None:
+        workload = Workload(
+            calls=given.calls,
+            in_flight=given.in_flight,
+            latency_ms=given.latency_ms,
+            rounds=given.rounds,
+        )
+        run(given.clients, workload, json_path=given.json)
         return
-    if args.child:
-        with runner() as loop:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+        if given.measure is None:
+            loop.run(serve(given.latency_ms))
+        else:
             row = loop.run(
-                measure(args.child, port=args.port, calls=args.calls, in_flight=args.in_flight)
-            )
-        print(json.dumps(asdict(row)))
-        return
-    with subprocess.Popen(
-        [sys.executable, "-m", "bench.http_clients", "--child", "server"]
-        + ["--latency-ms", str(args.latency_ms)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as server:
-        port = int(server.stdout.readline())
-        for _ in range(args.rounds):
-            for c in args.only:
-                print(
-                    {
-                        k: round(v, 1) if isinstance(v, float) else v
-                        for k, v in asdict(measure_in_child(c, port=port, args=args)).items()
-                    },
-                    flush=True,
+                measure(
+                    given.measure, port=given.port, calls=given.calls, in_flight=given.in_flight
                 )
-        server.stdin.close()
+            )
+            print(json.dumps(asdict(row)))
 
 
 if __name__ == "__main__":
-    main()
+    command_line()
