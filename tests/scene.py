@@ -1,0 +1,366 @@
+"""A small world for tests: one workspace with a connection and resources, and the queue's verbs.
+
+Plain functions over the real modules and a real database; nothing of the product is replaced.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from app import batches, queue, tenants
+from app.batches import Batch, Ingest, NewBatch, NewItem
+from app.capacity import Amount
+from app.db import Connection, Database
+from app.ids import uuid7
+from app.queue import Claim, Item, Outcome, Settled, Settlement
+from app.secrets import Keyring
+
+BODY = b'{"messages":[{"role":"user","content":"Where is my card?"}]}'
+ANSWER = '{"id":"x","choices":[{"message":{"content":"In the post."}}]}'
+
+
+@dataclass
+class Scene:
+    """One tenant and its resources; ``workers`` are ids that may claim."""
+
+    db: Database
+    keyring: Keyring
+    workspace_id: UUID
+    environment_id: UUID
+    connection_id: UUID
+    resource_ids: list[UUID]
+    worker_id: UUID = field(default_factory=uuid7)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        url: str,
+        *,
+        rpm: int | None = None,
+        tpm: int | None = None,
+        connection_rpm: int | None = None,
+        resources: int = 1,
+        base_url: str = "http://127.0.0.1:9/v1",
+        pool: int = 6,
+    ) -> AsyncGenerator["Scene"]:
+        """A fresh tenant in a database; limits per resource (and on the connection)."""
+        async with Database(url, size=pool) as db:
+            yield await cls.make(
+                db,
+                rpm=rpm,
+                tpm=tpm,
+                connection_rpm=connection_rpm,
+                resources=resources,
+                base_url=base_url,
+            )
+
+    @classmethod
+    async def make(
+        cls,
+        db: Database,
+        *,
+        rpm: int | None = None,
+        tpm: int | None = None,
+        connection_rpm: int | None = None,
+        resources: int = 1,
+        base_url: str = "http://127.0.0.1:9/v1",
+    ) -> "Scene":
+        keyring = Keyring(Keyring.generate())
+        async with db.transaction() as conn:
+            environment = await tenants.create_workspace(conn, name="w", environment="e")
+            connection_id = await tenants.create_connection(
+                conn,
+                keyring=keyring,
+                workspace_id=environment.workspace_id,
+                environment_id=environment.environment_id,
+                name="c",
+                provider="openai-compatible",
+                base_url=base_url,
+                secret="sk-secret",  # noqa: S106 - a test's
+                timeout_ms=30_000,
+                amounts=_amounts(connection_rpm, None),
+            )
+            resource_ids = [
+                await tenants.create_resource(
+                    conn,
+                    workspace_id=environment.workspace_id,
+                    environment_id=environment.environment_id,
+                    connection_id=connection_id,
+                    name=f"r{number}",
+                    model="gpt-4o-mini",
+                    amounts=_amounts(rpm, tpm),
+                )
+                for number in range(resources)
+            ]
+            scene = cls(
+                db=db,
+                keyring=keyring,
+                workspace_id=environment.workspace_id,
+                environment_id=environment.environment_id,
+                connection_id=connection_id,
+                resource_ids=resource_ids,
+            )
+            await scene.register(conn, scene.worker_id)
+        return scene
+
+    @property
+    def resource_id(self) -> UUID:
+        return self.resource_ids[0]
+
+    async def register(self, conn: Connection, worker_id: UUID) -> None:
+        await queue.register_worker(conn, worker_id=worker_id, host="elsewhere", pid=1, version="0")
+
+    async def submit(
+        self,
+        items: int | Sequence[bytes],
+        *,
+        resource: int = 0,
+        priority: int = 0,
+        max_attempts: int = 5,
+        resources: Sequence[int] | None = None,
+    ) -> Batch:
+        """A batch of that many equal items (or of these bodies), spread over ``resources``."""
+        bodies = [BODY] * items if isinstance(items, int) else list(items)
+        used = [self.resource_ids[n] for n in (resources or [resource])]
+        batch = NewBatch(
+            workspace_id=self.workspace_id,
+            environment_id=self.environment_id,
+            type="async",
+            priority=priority,
+            max_attempts=max_attempts,
+        )
+        async with self.db.connection() as conn:
+            await batches.prepare_day(conn, batch)
+        async with self.db.transaction() as conn:
+            known = {
+                resource_id: resource
+                for resource_id in set(used)
+                if (
+                    resource := await tenants.resource(
+                        conn,
+                        workspace_id=self.workspace_id,
+                        environment_id=self.environment_id,
+                        resource_id=resource_id,
+                    )
+                )
+            }
+            ingest = Ingest(conn, batch, known)
+            await ingest.add(
+                [
+                    NewItem(resource_id=used[n % len(used)], body=body)
+                    for n, body in enumerate(bodies)
+                ]
+            )
+            await ingest.finish()
+        return await self.batch(batch.batch_id)
+
+    async def batch(self, batch_id: UUID) -> Batch:
+        async with self.db.connection() as conn:
+            found = await batches.get(
+                conn,
+                workspace_id=self.workspace_id,
+                environment_id=self.environment_id,
+                batch_id=batch_id,
+            )
+        assert found is not None
+        return found
+
+    async def claim(
+        self,
+        want: int = 1000,
+        *,
+        conn: Connection | None = None,
+        resource: int = 0,
+        worker_id: UUID | None = None,
+        alone: bool = True,
+        guard_s: float = 1.0,
+    ) -> Claim:
+        """Claim, in a transaction of its own unless ``conn`` is in one."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.claim(
+                    want,
+                    conn=own,
+                    resource=resource,
+                    worker_id=worker_id,
+                    alone=alone,
+                    guard_s=guard_s,
+                )
+        return await queue.claim(
+            conn,
+            workspace_id=self.workspace_id,
+            resource_id=self.resource_ids[resource],
+            worker_id=worker_id or self.worker_id,
+            want=want,
+            alone=alone,
+            guard_s=guard_s,
+            grace_s=60,
+        )
+
+    async def settle(
+        self,
+        items: Sequence[Item],
+        outcome: Outcome = Outcome.answered,
+        *,
+        conn: Connection | None = None,
+        used: tuple[int, int] | None = (10, 20),
+        wait_s: float | None = None,
+        refund: bool = False,
+        worker_id: UUID | None = None,
+    ) -> list[Settled]:
+        """Record the same outcome for these items; ``used``: input and output tokens."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.settle(
+                    items,
+                    outcome,
+                    conn=own,
+                    used=used,
+                    wait_s=wait_s,
+                    refund=refund,
+                    worker_id=worker_id,
+                )
+        answered = outcome == Outcome.answered
+        return await queue.settle(
+            conn,
+            workspace_id=self.workspace_id,
+            worker_id=worker_id or self.worker_id,
+            settlements=[
+                Settlement(
+                    batch_day=item.batch_day,
+                    batch_id=item.batch_id,
+                    resource_id=item.resource_id,
+                    connection_id=self.connection_id,
+                    seq=item.seq,
+                    attempt=item.attempt,
+                    outcome=outcome,
+                    claimed_at=item.claimed_at,
+                    limit_ids=item.limit_ids,
+                    reserved_input_tokens=item.input_tokens,
+                    reserved_output_tokens=item.output_tokens,
+                    refund=refund or outcome in {Outcome.unsent, Outcome.impossible},
+                    wait_s=wait_s,
+                    status_code=200 if answered else None,
+                    error_code=None if answered else outcome.value,
+                    error_message=None if answered else "as the test wishes",
+                    input_tokens=used[0] if answered and used else None,
+                    output_tokens=used[1] if answered and used else None,
+                )
+                for item in items
+            ],
+            bodies=[ANSWER if answered else None for _ in items],
+        )
+
+    async def reclaim(
+        self, items: Sequence[Item], *, alone: bool = False, max_crashes: int = 3
+    ) -> int:
+        """Bring items of one batch back as if their worker had vanished."""
+        async with self.db.transaction() as conn:
+            return await queue.reclaim(
+                conn,
+                items=[
+                    queue.Lapsed(
+                        workspace_id=item.workspace_id,
+                        batch_day=item.batch_day,
+                        batch_id=item.batch_id,
+                        seq=item.seq,
+                        attempt=item.attempt,
+                        alone=alone,
+                    )
+                    for item in items
+                ],
+                max_crashes=max_crashes,
+                wait_s=0,
+            )
+
+    async def rows(self, query: str, *params: object) -> list[tuple[Any, ...]]:
+        """Whatever a test wants to see."""
+        async with self.db.connection() as conn:
+            return await (await conn.execute(query.encode(), params)).fetchall()
+
+    async def value(self, query: str, *params: object) -> Any:  # noqa: ANN401 - whatever it is
+        return (await self.rows(query, *params))[0][0]
+
+    async def check_books(self) -> None:
+        """Counters equal a recount of the items; the ledger equals the recount of design §9."""
+        assert await self.rows(RECOUNT_FLOWS) == []
+        assert await self.rows(RECOUNT_LEDGER) == []
+        assert await self.rows(RECOUNT_EVENTS) == []
+
+
+#: Flows whose counters differ from what their items say.
+RECOUNT_FLOWS = """
+    select f.batch_id, f.pending, f.running, f.completed, f.failed, f.cancelled, r.*
+    from flows f
+    cross join lateral (
+        select count(*) filter (where i.status = 'pending') as pending,
+            count(*) filter (where i.status = 'pending' and i.attempt = 0) as unstarted,
+            count(*) filter (where i.status = 'running') as running,
+            count(*) filter (where i.status = 'completed') as completed,
+            count(*) filter (where i.status = 'failed') as failed,
+            count(*) filter (where i.status = 'cancelled') as cancelled,
+            count(*) as total
+        from items i
+        where i.workspace_id = f.workspace_id and i.batch_id = f.batch_id
+            and i.resource_id = f.resource_id
+    ) r
+    where (f.total, f.running, f.completed, f.failed) <> (r.total, r.running, r.completed, r.failed)
+        or case when f.is_cancelled
+            then (f.cancelled, f.unmarked) <> (r.cancelled + r.pending, r.pending)
+            else (f.pending, f.unstarted, f.cancelled) <> (r.pending, r.unstarted, r.cancelled) end
+"""
+
+#: Ledger slots that differ from: the reservation where an attempt is in flight, else its charge.
+RECOUNT_LEDGER = """
+    with charged as (
+        select workspace_id, limit_id, claimed_at, charged_requests as requests,
+            charged_input_tokens as input_tokens, charged_output_tokens as output_tokens
+        from attempts cross join unnest(reserved_limits) as limit_id
+        union all
+        select workspace_id, limit_id, claimed_at, 1, reserved_input_tokens, reserved_output_tokens
+        from items cross join unnest(reserved_limits) as limit_id
+        where status = 'running'
+    ),
+    recount as (
+        select c.workspace_id, c.limit_id, slot_of(l.period, c.claimed_at) as slot_at,
+            sum(c.requests) as requests, sum(c.input_tokens) as input_tokens,
+            sum(c.output_tokens) as output_tokens
+        from charged c join limits l using (workspace_id, limit_id)
+        group by 1, 2, 3
+    )
+    select g.*, r.*
+    from ledger g
+    full join recount r using (workspace_id, limit_id, slot_at)
+    where (coalesce(g.requests, 0), coalesce(g.input_tokens, 0), coalesce(g.output_tokens, 0))
+        <> (coalesce(r.requests, 0), coalesce(r.input_tokens, 0), coalesce(r.output_tokens, 0))
+"""
+
+#: Batches whose events have gaps or overlaps, and terminal items without exactly one final event.
+RECOUNT_EVENTS = """
+    select batch_id, first_no, 'gap' from (
+        select batch_id, first_no, lag(last_no, 1, 0::bigint) over (partition by batch_id order by last_no)
+            as before
+        from events
+    ) e
+    where first_no <> before + 1
+    union all
+    select i.batch_id, i.seq, 'final events' from items i
+    where i.status in ('completed', 'cancelled') and 1 <> (
+        select count(*) from events e
+        where e.batch_id = i.batch_id and i.seq = any (e.seqs)
+            and e.kind::text = 'item-' || i.status::text
+    )
+"""
+
+
+def _amounts(rpm: int | None, tpm: int | None) -> list[Amount]:
+    return [] if rpm is None and tpm is None else [Amount(period="minute", requests=rpm, tokens=tpm)]
+
+
+def since(moment: datetime, later: datetime) -> float:
+    """Seconds between two database times."""
+    return (later - moment).total_seconds()

@@ -1,0 +1,86 @@
+"""Every named statement, checked against the real schema without running it."""
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import app
+from app import db
+from app.db import NoRow, Query
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def queries() -> list[Query[object]]:
+    found: dict[tuple[str, str], Query[object]] = {}
+    for module in pkgutil.walk_packages(app.__path__, "app."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, Query):
+                found[value.file, value.name] = value  # pyright: ignore[reportUnknownMemberType]
+    return [found[key] for key in sorted(found)]
+
+
+QUERIES = queries()
+
+
+def as_prepared(sql: bytes) -> tuple[bytes, list[str]]:
+    """The statement as psycopg would send it, and its parameters in order."""
+    names: list[str] = []
+    out = b""
+    rest = sql.replace(b"%%", b"\0")
+    while b"%(" in rest:
+        before, _, after = rest.partition(b"%(")
+        name, _, rest = after.partition(b")")
+        rest = rest[1:]  # the s or b
+        if name.decode() not in names:
+            names.append(name.decode())
+        out += before + b"$%d" % (names.index(name.decode()) + 1)
+    return (out + rest).replace(b"\0", b"%"), names
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda q: f"{q.file}.{q.name}")
+def test_statement_plans_and_fits_its_row(query: Query[object], shared_database: str) -> None:
+    """It plans; its columns are its dataclass's fields; every parameter has a type."""
+    text, names = as_prepared(query.sql)
+    with psycopg.connect(shared_database) as conn:
+        pgconn = conn.pgconn
+        result = pgconn.prepare(b"checked", text)
+        assert not result.error_message, result.error_message.decode()
+        described = pgconn.describe_prepared(b"checked")
+        assert described.nparams == len(names)
+        for number, name in enumerate(names):
+            oid = described.param_type(number)
+            assert oid not in {0, 705}, f"parameter {name} has no type; add a cast"
+        columns = [(described.fname(n) or b"").decode() for n in range(described.nfields)]
+    if query.row is not NoRow:
+        assert dataclasses.is_dataclass(query.row)
+        assert sorted(columns) == sorted(f.name for f in dataclasses.fields(query.row))
+
+
+def test_every_statement_is_used_and_every_use_exists() -> None:
+    files = sorted((ROOT / "sql" / "queries").glob("*.sql"))
+    written = {(file.stem, name) for file in files for name in db.statements(file.stem)}
+    assert {(q.file, q.name) for q in QUERIES} == written
+
+
+def test_every_statement_says_what_it_does() -> None:
+    """The header is followed by a sentence, as the reader of the file expects."""
+    for file in sorted((ROOT / "sql" / "queries").glob("*.sql")):
+        for name, text in db.statements(file.stem).items():
+            assert text.startswith(b"-- "), f"{file.name}: {name} has no comment"
+
+
+def test_statements_are_never_assembled() -> None:
+    """No SQL text is built from strings outside psycopg.sql: it cannot be read, pasted or checked."""
+    verbs = ("select ", "insert ", "update ", "delete ")
+    for file in sorted((ROOT / "app").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                first = node.values[0] if node.values else None
+                text = first.value if isinstance(first, ast.Constant) else ""
+                assert not str(text).lower().startswith(verbs), f"{file.name}:{node.lineno}"
