@@ -162,12 +162,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunBatch:
-    """One of the batches that a run of the command line made: rows from ``first_row`` (0) on."""
+    """One of the batches that a run of the command line made: rows from ``first_row`` (0) on.
+
+    A run that was begun anew has several ``generation``s; only the newest is gone on with.
+    """
 
     batch_id: UUID
     batch_day: date
     status: Status
     total_items: int
+    generation: int
     first_row: int
 
 
@@ -206,6 +210,8 @@ _batches_page = Query("batches", "batches_page", Batch)
 _by_idempotency_key = Query("batches", "batch_by_idempotency_key", _Known)
 _idempotency_lock = Query("batches", "idempotency_lock", _Locked)
 _batch_resources = Query("batches", "batch_resources", _ResourceId)
+_flows_pause = Query("batches", "flows_pause", NoRow)
+_flows_resume = Query("batches", "flows_resume", NoRow)
 _run_batches = Query("batches", "run_batches", RunBatch)
 _items_page = Query("items", "items_page", Item)
 _items_some = Query("items", "items_some", Item)
@@ -547,10 +553,26 @@ async def redrive(conn: Connection, *, workspace_id: UUID, batch_id: UUID, most:
     return row.redriven
 
 
+async def pause(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> None:
+    """Let claims pass a batch by until ``resume``; calls in flight are let finish."""
+    await _flows_pause.run(conn, workspace_id=workspace_id, batch_id=batch_id)
+
+
+async def resume(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> list[UUID]:
+    """Let claims see a batch again, and look at its resources now: the ids to ring for.
+
+    Harmless for a batch that is not paused; then it makes changed limits count at once.
+    """
+    await _flows_resume.run(conn, workspace_id=workspace_id, batch_id=batch_id)
+    found = sorted(await resource_ids(conn, workspace_id=workspace_id, batch_id=batch_id))
+    await _ready_now.run(conn, workspace_id=workspace_id, resource_ids=found)
+    return found
+
+
 async def of_run(
     conn: Connection, *, workspace_id: UUID, environment_id: UUID, run: str
 ) -> list[RunBatch]:
-    """The batches of a run of the command line, in the order of their rows."""
+    """The batches of a run of the command line, by generation and in the order of their rows."""
     return await _run_batches.all(
         conn, workspace_id=workspace_id, environment_id=environment_id, run=run
     )

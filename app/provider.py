@@ -829,25 +829,6 @@ class _Connection(asyncio.Protocol):
     is what makes cancellation free it and a late byte harmless to the next call.
     """
 
-    __slots__ = (
-        "_all_open",
-        "_body",
-        "_complete",
-        "_has_length",
-        "_head_bytes",
-        "_head_done",
-        "_headers",
-        "_is_spent",
-        "_most_bytes",
-        "_parser",
-        "_status",
-        "_transport",
-        "_waiter",
-        "closed",
-        "idle_since",
-        "origin",
-    )
-
     def __init__(self, origin: _Origin, all_open: "set[_Connection]") -> None:
         self.origin = origin
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -1081,7 +1062,8 @@ class _Connections:
         if task is None or failed or now - begun > NAME_S:
             if len(self._names) >= MOST_NAMES:
                 self._names.clear()
-            task = asyncio.ensure_future(_resolve(*key))
+            task = asyncio.create_task(_resolve(*key))
+            task.add_done_callback(_looked_at)
             self._names[key] = (now, task)
         return await asyncio.shield(task)
 
@@ -1102,14 +1084,18 @@ class _Connections:
     async def close(self) -> None:
         self._is_closed = True
         self._idle.clear()
-        for _, task in self._names.values():
-            task.cancel()
         still_open = list(self._open)
         for connection in still_open:
             connection.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await asyncio.gather(*(connection.closed for connection in still_open))
+
+
+def _looked_at(task: "asyncio.Task[list[str]]") -> None:
+    """Keep asyncio from complaining of a failure that no cancelled call waited for."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _resolve(host: str, port: int) -> list[str]:

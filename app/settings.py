@@ -116,6 +116,11 @@ def load(overrides: Mapping[str, object] | None = None) -> Settings:
         raise SettingsError(f"{name} cannot be used: {first['msg']}.") from None
 
 
+def provider_key() -> str | None:
+    """``OPENAI_API_KEY``, under which most programs look for a provider's key; None when unset."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def describe() -> str:
     """The settings as a Markdown table, for README.md."""
     rows = ["| setting | default | what for |", "|---|---|---|"]

@@ -119,6 +119,19 @@ class _KeyId:
     api_key_id: UUID
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Locked:
+    locked: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    found: bool
+
+
+_setup_lock = Query("tenants", "setup_lock", _Locked)
+_api_key_any = Query("tenants", "api_key_any", _Found)
+_resource_set_timeout = Query("tenants", "resource_set_timeout", NoRow)
 _workspace_insert = Query("tenants", "workspace_insert", NoRow)
 _environment_insert = Query("tenants", "environment_insert", NoRow)
 _environment_get = Query("tenants", "environment_get", Environment)
@@ -136,6 +149,11 @@ _resource_state_insert = Query("tenants", "resource_state_insert", NoRow)
 _resource_get = Query("tenants", "resource_get", Resource)
 _resource_named = Query("tenants", "resource_named", Resource)
 _resource_route = Query("tenants", "resource_route", Route)
+
+
+async def lock_setup(conn: Connection) -> None:
+    """Wait for other processes that make the command line's own tenants, until the commit."""
+    await _setup_lock.run(conn)
 
 
 async def create_workspace(
@@ -219,6 +237,12 @@ async def create_api_key(
 async def api_key(conn: Connection, *, value: str) -> ApiKey | None:
     """The usable key with this value; unknown, disabled and expired look the same."""
     return await _api_key_by_hash.one_or_none(conn, hash=hash_api_key(value))
+
+
+async def has_api_key(conn: Connection, *, workspace_id: UUID, environment_id: UUID) -> bool:
+    """Whether an environment has a usable key."""
+    row = await _api_key_any.one(conn, workspace_id=workspace_id, environment_id=environment_id)
+    return row.found
 
 
 async def note_api_key_used(conn: Connection, *, key: ApiKey) -> None:
@@ -394,6 +418,15 @@ async def resource_named(
     """A resource by its name, or None."""
     return await _resource_named.one_or_none(
         conn, workspace_id=workspace_id, environment_id=environment_id, name=name
+    )
+
+
+async def set_timeout(
+    conn: Connection, *, workspace_id: UUID, resource_id: UUID, timeout_ms: int | None
+) -> None:
+    """Bound a resource's calls; None: as its connection says."""
+    await _resource_set_timeout.run(
+        conn, workspace_id=workspace_id, resource_id=resource_id, timeout_ms=timeout_ms
     )
 
 

@@ -568,9 +568,12 @@ class Worker:
 
     async def _heartbeat_loop(self) -> None:
         while True:
-            async with self._db.connection() as conn:
-                await queue.heartbeat(conn, worker_id=self.worker_id, in_flight=len(self._calls))
+            await self._db.persist(self._beat, what="the heartbeat")
             await asyncio.sleep(self._settings.heartbeat_s)
+
+    async def _beat(self) -> None:
+        async with self._db.connection() as conn:
+            await queue.heartbeat(conn, worker_id=self.worker_id, in_flight=len(self._calls))
 
     async def _drain(self) -> None:
         """Let calls finish; after ``drain_s`` or a second signal, abort the rest."""

@@ -297,7 +297,7 @@ class Floor(asyncio.Protocol):
 async def with_floor(url: str, in_flight: int) -> AsyncGenerator[Post]:
     del in_flight
     loop = asyncio.get_running_loop()
-    port = urlsplit(url).port
+    port = urlsplit(url).port or 80
     idle: list[Floor] = []
     request = b"POST / HTTP/1.1\r\nhost: bench\r\ncontent-length: %d\r\n\r\n%b" % (
         len(REQUEST),

@@ -5,6 +5,11 @@
 create or replace function redrive(p_workspace_id uuid, p_batch_id uuid, p_most int) returns int
 language plpgsql volatile
 set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set enable_material = off
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     v_now timestamptz := clock_timestamp();

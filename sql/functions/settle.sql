@@ -20,8 +20,11 @@ create or replace function settle(
 returns table (ord int, settled boolean, batch_id uuid, resource_id uuid, becomes text)
 language plpgsql volatile
 set enable_seqscan = off
+set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set enable_material = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare

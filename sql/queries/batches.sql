@@ -103,11 +103,41 @@ select pg_advisory_xact_lock(
 select resource_id from flows
 where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s;
 
+-- name: flows_pause
+-- Let claims pass a batch by. Locks its flows in order; a claim that took from one meanwhile starts anew.
+with held as (
+    select f.workspace_id, f.batch_id, f.resource_id
+    from flows f
+    where f.workspace_id = %(workspace_id)s and f.batch_id = %(batch_id)s and not f.is_paused
+    order by f.resource_id
+    for no key update
+)
+update flows f
+set is_paused = true
+from held h
+where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
+
+-- name: flows_resume
+-- The opposite: a flow enters again at the virtual time of the flow served next, so that it has saved up nothing.
+with held as (
+    select f.workspace_id, f.batch_id, f.resource_id
+    from flows f
+    where f.workspace_id = %(workspace_id)s and f.batch_id = %(batch_id)s and f.is_paused
+    order by f.resource_id
+    for no key update
+)
+update flows f
+set is_paused = false,
+    virtual_time = greatest(f.virtual_time, flow_entry(f.workspace_id, f.resource_id))
+from held h
+where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
+
 -- name: run_batches
--- The batches of one run of the command line, in the order of their rows.
-select batch_id, batch_day, status::text as status, total_items, (metadata ->> 'firstRow')::int as first_row
+-- The batches of one run of the command line, generation by generation, in the order of their rows.
+select batch_id, batch_day, status::text as status, total_items, (metadata ->> 'generation')::int as generation,
+    (metadata ->> 'firstRow')::int as first_row
 from batches
 where workspace_id = %(workspace_id)s
     and environment_id = %(environment_id)s
     and idempotency_key like %(run)s || ':%%'
-order by first_row;
+order by generation, first_row;

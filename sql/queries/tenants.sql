@@ -25,6 +25,20 @@ where w.name = %(workspace)s and e.name = %(environment)s
 order by w.created_at
 limit 1;
 
+-- name: setup_lock
+-- One process at a time makes what the command line makes by itself; held to the end of the transaction.
+select pg_advisory_xact_lock(hashtext('sluice.setup'))::text as locked;
+
+-- name: api_key_any
+-- Whether an environment has a usable key.
+select exists (
+    select from api_keys
+    where workspace_id = %(workspace_id)s
+        and environment_id = %(environment_id)s
+        and enabled
+        and (expires_at is null or expires_at > clock())
+) as found;
+
 -- name: api_key_insert
 -- A new key; only its hash is kept.
 insert into api_keys (
@@ -104,6 +118,14 @@ values (
     %(workspace_id)s, %(resource_id)s, %(environment_id)s, %(connection_id)s, %(name)s, %(description)s,
     %(model)s, %(default_args)s, %(capacity)s, %(enforce_capacity)s, %(timeout_ms)s
 );
+
+-- name: resource_set_timeout
+-- Change how long one call may take; null: as long as the connection says.
+update resources
+set timeout_ms = %(timeout_ms)s, updated_at = clock_timestamp()
+where workspace_id = %(workspace_id)s
+    and resource_id = %(resource_id)s
+    and timeout_ms is distinct from %(timeout_ms)s;
 
 -- name: resource_state_insert
 -- What will be learned about a resource.

@@ -1,0 +1,16 @@
+"""The HTTP API. The only package that knows Litestar.
+
+application   the app and the server around it
+batches       /v1/completion-batch: create, read, list, cancel, follow
+tenants       /v1/ai-connection, /v1/ai-resource, /v1/api-key, /v1/whoami
+health        /healthz, /healthcheck, /readyz
+ingest        a request body of any size becomes a batch; splitter takes its JSON apart
+streams       the hub behind server-sent events
+auth          who is calling, and what they may use
+wire          the JSON of requests and answers
+errors        the JSON of refusals
+"""
+
+from app.api.application import create_app, serve
+
+__all__ = ["create_app", "serve"]

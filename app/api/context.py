@@ -1,0 +1,42 @@
+"""What every handler is given: one per process."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+from uuid import UUID
+
+from litestar.params import Dependency
+
+from app.api.streams import Hub
+from app.db import Database
+from app.doorbell import Ringer
+from app.secrets import Keyring
+from app.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The process's settings, pool, keys, doorbell and streams.
+
+    ``listen_url`` reaches Postgres itself. ``keys_noted``: when the last use of an api key was
+    written, by this loop's clock.
+    """
+
+    settings: Settings
+    db: Database
+    keyring: Keyring
+    listen_url: str
+    ringer: Ringer
+    hub: Hub
+    keys_noted: dict[UUID, float] = field(default_factory=dict[UUID, float])
+    chores: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+
+    def spawn(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Let something be done after the answer. It is cancelled when the process stops."""
+        task = asyncio.create_task(chore)
+        self.chores.add(task)
+        task.add_done_callback(self.chores.discard)
+
+
+Given = Annotated[Context, Dependency(skip_validation=True)]

@@ -1,0 +1,496 @@
+"""A request's body becomes a batch, whatever its size.
+
+The body is spooled to disk as it arrives and walked twice. The first walk reads everything but the
+requests themselves and finds what is wrong with the whole; then resources are resolved and checked
+against the caller's key; only then a transaction begins and the second walk feeds the items to it.
+All heavy work runs in worker threads, a megabyte at a time, so that the event loop answers others.
+"""
+
+import asyncio
+import errno
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, TypeVar, cast
+from uuid import UUID
+
+import msgspec
+from pydantic import ValidationError as PydanticError
+
+from app import batches, tenants
+from app.api import auth
+from app.api.context import Context
+from app.api.errors import AnyRequest, StorageFullError
+from app.api.splitter import STEP, MalformedError, Splitter, TooLongError
+from app.api.wire import BatchHead, problems_of
+from app.batches import BatchType, Ingest, NewBatch, NewItem
+from app.doorbell import EVENTS, WORK
+from app.errors import (
+    NotFoundError,
+    Problem,
+    RequestError,
+    TooLargeError,
+    ValidationError,
+)
+from app.tenants import ApiKey, Resource
+
+_ITEMS = "items"
+_FEW = 2000  # items per step
+_MOST_RESOURCES = 1000
+_MOST_CUSTOM_ID = 512
+_MOST_ATTEMPTS = 100
+_MOST_KEY = 200
+_SLACK = 64 * 1024  # of an item beside its request: ids and unknown keys
+
+_WHERE = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created:
+    """The batch that a request made, or (``replayed``) had made before."""
+
+    batch_id: UUID
+    type: BatchType
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spooled:
+    file: BinaryIO
+    sha256: bytes
+
+
+class _Item(msgspec.Struct, rename="camel"):
+    """One element of ``items``; unknown keys are ignored."""
+
+    resource_id: UUID | None = None
+    resource: str | None = None
+    request: msgspec.Raw = msgspec.Raw(b"")
+    custom_id: str | None = None
+    max_attempts: int | None = None
+
+    @property
+    def asks(self) -> UUID | str:
+        """The resource: its id or its name."""
+        return self.resource_id if self.resource_id is not None else self.resource or ""
+
+
+_decode_item = msgspec.json.Decoder(_Item).decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Examined:
+    """What the first walk found. ``asked``: resources by id or name, and the first item of each."""
+
+    head: BatchHead
+    items_at: int
+    asked: dict[UUID | str, int]
+
+
+async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Created:
+    """Create the batch that a request's body describes. Raises RequestError; then nothing is kept."""
+    async with _spooled(context, request) as body:
+        found = await _examine(context, body.file)
+        head = found.head
+        idempotency_key = _idempotency_key(request, head)
+        if head.type == "CALLBACK":
+            raise ValidationError(
+                [
+                    Problem(
+                        path="type",
+                        message="batches of type CALLBACK arrive in a later version; "
+                        "use SYNC to stream or ASYNC to poll",
+                    )
+                ]
+            )
+        by_reference = await _resolve(context, key, found.asked)
+        batch = NewBatch(
+            workspace_id=key.workspace_id,
+            environment_id=key.environment_id,
+            type=cast("BatchType", head.type.lower()),
+            name=head.name,
+            metadata=head.metadata,
+            priority=head.priority,
+            max_attempts=head.max_attempts or context.settings.max_attempts,
+            idempotency_key=idempotency_key,
+            request_hash=body.sha256,
+            created_by_api_key_id=key.api_key_id,
+        )
+        async with context.db.connection() as conn:
+            await batches.prepare_day(conn, batch)
+        async with context.db.transaction() as conn:
+            if idempotency_key is not None:
+                known = await batches.replay(
+                    conn,
+                    workspace_id=key.workspace_id,
+                    environment_id=key.environment_id,
+                    idempotency_key=idempotency_key,
+                    request_hash=body.sha256,
+                )
+                if known is not None:
+                    return Created(batch_id=known, type=batch.type, replayed=True)
+            ingest = Ingest(
+                conn,
+                batch,
+                {resource.resource_id: resource for resource in by_reference.values()},
+                most_items=context.settings.max_items,
+                most_item_bytes=context.settings.max_item_bytes,
+            )
+            async for items in _new_items(context, body.file, found.items_at, by_reference):
+                await ingest.add(items)
+                if len(ingest.problems) >= ValidationError.MOST:
+                    break
+            await ingest.finish()
+    context.ringer.ring(WORK, ingest.resource_ids)
+    context.ringer.ring(EVENTS, [batch.batch_id])
+    return Created(batch_id=batch.batch_id, type=batch.type, replayed=False)
+
+
+@asynccontextmanager
+async def _spooled(context: Context, request: AnyRequest) -> AsyncIterator[_Spooled]:
+    """The body: in memory while it is small, else in a file that has no name."""
+    most = context.settings.max_body_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > most:
+        raise _too_large(most)
+    digest = hashlib.sha256()
+    file: BinaryIO = io.BytesIO()
+    waiting = bytearray()
+    size = 0
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > most:
+                raise _too_large(most)
+            digest.update(piece)
+            waiting += piece
+            if len(waiting) >= STEP:
+                if isinstance(file, io.BytesIO):
+                    file = await asyncio.to_thread(_temporary)
+                await asyncio.to_thread(file.write, bytes(waiting))
+                waiting.clear()
+        if isinstance(file, io.BytesIO):
+            file.write(waiting)
+        else:
+            await asyncio.to_thread(file.write, bytes(waiting))
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StorageFullError(
+            "The server has no room to take this request in (its temporary folder is full); "
+            "nothing was kept. Repeat it later, or split the batch.",
+            code="STORAGE_FULL",
+        ) from None
+    try:
+        yield _Spooled(file=file, sha256=digest.digest())
+    finally:
+        file.close()
+
+
+def _temporary() -> BinaryIO:
+    return cast("BinaryIO", tempfile.TemporaryFile(buffering=0))  # noqa: SIM115 - closed by _spooled
+
+
+def _too_large(most: int) -> TooLargeError:
+    return TooLargeError(
+        f"The request is larger than {most:,} bytes (SLUICE_MAX_BODY_BYTES); split the batch.",
+        code="REQUEST_TOO_LARGE",
+    )
+
+
+def _idempotency_key(request: AnyRequest, head: BatchHead) -> str | None:
+    header = request.headers.get("idempotency-key")
+    if header is None:
+        return head.idempotency_key
+    problem = None
+    if not 0 < len(header) <= _MOST_KEY:
+        problem = f"must have 1 to {_MOST_KEY} characters"
+    elif head.idempotency_key not in (None, header):
+        problem = "differs from the body's idempotencyKey; send one of them"
+    if problem is not None:
+        raise ValidationError([Problem(path="Idempotency-Key", message=problem)])
+    return header
+
+
+# The first walk -----------------------------------------------------------------------------------
+
+
+async def _examine(context: Context, file: BinaryIO) -> _Examined:
+    """Everything but the requests. Raises ValidationError with the first hundred problems."""
+    walk = _Walk(file, context.settings.max_item_bytes, context.settings.max_items)
+    while await asyncio.to_thread(walk.step):
+        pass
+    return walk.result()
+
+
+class _Walk:
+    """The first walk over a body, in steps for a worker thread."""
+
+    def __init__(self, file: BinaryIO, most_item_bytes: int, most_items: int) -> None:
+        file.seek(0)
+        self._splitter = Splitter(file.read, array=_ITEMS, most_element=most_item_bytes + _SLACK)
+        self._members = self._splitter.members()
+        self._most_item_bytes = most_item_bytes
+        self._most_items = most_items
+        self._head: dict[str, object] = {}
+        self._asked: dict[UUID | str, int] = {}
+        self._count = 0
+        self._problems: list[Problem] = []
+
+    def step(self) -> bool:
+        """Look at some more; False when there is nothing more to look at."""
+        try:
+            return self._some()
+        except MalformedError as error:
+            self._problems.append(Problem(path="body", message=str(error)))
+        except TooLongError as error:
+            if error.index is None:
+                problem = Problem(path=error.key or "body", message=str(error))
+            else:
+                problem = Problem(
+                    path=f"{_ITEMS}[{error.index}]",
+                    message=f"is larger than {self._most_item_bytes:,} bytes (SLUICE_MAX_ITEM_BYTES)",
+                )
+            self._problems.append(problem)
+        return False
+
+    def _some(self) -> bool:
+        size = 0
+        for name, raw in _up_to(self._members, _FEW):
+            size += len(raw)
+            is_item = name == _ITEMS and self._splitter.elements_at is not None
+            if is_item:
+                if self._count == self._most_items:
+                    self._problems.append(
+                        Problem(
+                            path=_ITEMS,
+                            message=f"more than {self._most_items:,} items; "
+                            "split the batch or raise SLUICE_MAX_ITEMS",
+                        )
+                    )
+                    return False
+                self._item(raw)
+                self._count += 1
+            else:
+                self._member(name, raw)
+            if len(self._problems) >= ValidationError.MOST:
+                return False
+            if size >= STEP:
+                return True
+        return size > 0
+
+    def _member(self, name: str, raw: bytes) -> None:
+        try:
+            self._head[name] = _decoded(raw)
+        except ValueError as error:
+            self._problems.append(Problem(path=name, message=f"is not valid JSON: {error}"))
+
+    def _item(self, raw: bytes) -> None:
+        index = self._count
+        try:
+            item = _item_of(raw)
+        except _ItemError as error:
+            path = f"{_ITEMS}[{index}]{error.path}"
+            self._problems.append(Problem(path=path, message=str(error)))
+            return
+        for field, message in _wrong(item):
+            self._problems.append(Problem(path=f"{_ITEMS}[{index}].{field}", message=message))
+        if item.asks and item.asks not in self._asked:
+            self._asked[item.asks] = index
+
+    def result(self) -> _Examined:
+        """What was found, once ``step`` has said False."""
+        problems = self._problems
+        head: BatchHead | None = None
+        # A body that breaks off has no reliable head: what seems missing may come later.
+        if not any(p.path == "body" for p in problems):
+            if self._splitter.elements_at is None:
+                given = _ITEMS in self._head
+                message = "must be an array" if given else "is required"
+                problems.append(Problem(path=_ITEMS, message=message))
+            elif not self._count and not problems:
+                problems.append(Problem(path=_ITEMS, message="must have at least one item"))
+            try:
+                head = BatchHead.model_validate(self._head)
+            except PydanticError as error:
+                problems = problems_of(error) + problems
+            if len(self._asked) > _MOST_RESOURCES:
+                problems.append(
+                    Problem(path=_ITEMS, message=f"use more than {_MOST_RESOURCES:,} resources")
+                )
+        if problems or head is None or self._splitter.elements_at is None:
+            raise ValidationError(problems)
+        return _Examined(head=head, items_at=self._splitter.elements_at, asked=self._asked)
+
+
+def _up_to(source: Iterator[T], most: int) -> Iterator[T]:
+    for _ in range(most):
+        try:
+            yield next(source)
+        except StopIteration:
+            return
+
+
+class _ItemError(ValueError):
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def _item_of(raw: bytes) -> _Item:
+    try:
+        return _decode_item(raw)
+    except msgspec.ValidationError as error:
+        found = _WHERE.match(str(error))
+        assert found is not None
+        raise _ItemError(found["what"], found["path"] or "") from None
+    except RecursionError:
+        raise _ItemError("is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # msgspec refuses halves of surrogate pairs, which JSON's grammar allows and models do
+        # write. So such an item is taken apart by ourselves, to keep its request to the letter.
+        try:
+            _decoded(raw)
+            return _by_hand(raw)
+        except msgspec.ValidationError as wrong:
+            raise _ItemError(str(wrong)) from None
+        except ValueError:
+            raise _ItemError(f"is not valid JSON: {error}") from None
+
+
+def _by_hand(raw: bytes) -> _Item:
+    members: dict[str, bytes] = {}
+    source = io.BytesIO(raw)
+    for name, value in Splitter(
+        source.read, array="", most_element=len(raw), most_member=len(raw)
+    ).members():
+        members[name] = value
+    request = members.pop("request", b"")
+    known = (b'"%s":%s' % (n.encode(), v) for n, v in members.items() if n in _OWN)
+    item = _decode_item(b"{%s}" % b",".join(known))
+    item.request = msgspec.Raw(request)
+    return item
+
+
+_OWN = frozenset(f.encode_name for f in msgspec.structs.fields(_Item))
+
+
+def _decoded(raw: bytes) -> object:
+    """Any JSON text, also one with halves of surrogate pairs. Raises ValueError."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:
+            return json.loads(raw.decode(), parse_constant=_refuse_constant)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _wrong(item: _Item) -> Iterator[tuple[str, str]]:
+    if item.resource_id is not None and item.resource is not None:
+        yield "resource", "give either resourceId or resource (its name)"
+    elif not item.asks:
+        yield "resourceId", "is required (or resource, its name)"
+    if not bytes(item.request):
+        yield "request", "is required"
+    if item.custom_id is not None:
+        if len(item.custom_id) > _MOST_CUSTOM_ID:
+            yield "customId", f"must have at most {_MOST_CUSTOM_ID} characters"
+        if "\0" in item.custom_id:
+            yield "customId", "must not contain the character \\u0000"
+    if item.max_attempts is not None and not 1 <= item.max_attempts <= _MOST_ATTEMPTS:
+        yield "maxAttempts", f"must be from 1 to {_MOST_ATTEMPTS}"
+
+
+async def _resolve(
+    context: Context, key: ApiKey, asked: dict[UUID | str, int]
+) -> dict[UUID | str, Resource]:
+    """The resources behind ids and names. Raises NotFoundError or ForbiddenError naming all."""
+    found: dict[UUID | str, Resource] = {}
+    async with context.db.connection() as conn:
+        for reference in asked:
+            if isinstance(reference, UUID):
+                resource = await tenants.resource(
+                    conn,
+                    workspace_id=key.workspace_id,
+                    environment_id=key.environment_id,
+                    resource_id=reference,
+                )
+            elif "\0" in reference:
+                resource = None  # Postgres knows no such text
+            else:
+                resource = await tenants.resource_named(
+                    conn,
+                    workspace_id=key.workspace_id,
+                    environment_id=key.environment_id,
+                    name=reference,
+                )
+            if resource is not None:
+                found[reference] = resource
+    missing = [str(r)[:_MOST_KEY] for r in asked if r not in found]
+    if missing:
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""  # noqa: PLR2004
+        raise NotFoundError(
+            f"AI Resource not found: {', '.join(missing[:20])}{more}",
+            code="AI_RESOURCE_NOT_FOUND",
+            details={"resources": missing[:100]},
+        )
+    auth.require_resources(key, (r.resource_id for r in found.values()))
+    return found
+
+
+# The second walk ----------------------------------------------------------------------------------
+
+
+async def _new_items(
+    context: Context, file: BinaryIO, items_at: int, resources: dict[UUID | str, Resource]
+) -> AsyncIterator[list[NewItem]]:
+    file.seek(items_at)
+    splitter = Splitter(
+        file.read, array=_ITEMS, most_element=context.settings.max_item_bytes + _SLACK
+    )
+    elements = splitter.elements()
+
+    def some() -> list[NewItem]:
+        made: list[NewItem] = []
+        size = 0
+        for raw in _up_to(elements, _FEW):
+            item = _item_of(raw)
+            size += len(raw)
+            made.append(
+                NewItem(
+                    resource_id=resources[item.asks].resource_id,
+                    body=bytes(item.request),
+                    custom_id=item.custom_id,
+                    max_attempts=item.max_attempts,
+                )
+            )
+            if size >= STEP:
+                break
+        return made
+
+    while items := await _in_thread(some):
+        yield items
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work)
+
+
+def refuse_body(message: str) -> RequestError:
+    """A body that is no use at all."""
+    return ValidationError([Problem(path="body", message=message)])

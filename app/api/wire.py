@@ -1,0 +1,662 @@
+"""The JSON of requests and answers, and how it is made from rows.
+
+Answers are msgspec structs: one page may hold a thousand items. A request's body and a provider's
+reply are embedded as they were stored, to the letter: key order, numbers and escapes stay. What
+strangers send is pydantic's to validate. Names are camelCase, states upper case, times RFC 3339 in
+UTC with milliseconds.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import ValidationError as PydanticError
+from pydantic.alias_generators import to_camel
+
+from app.batches import Batch, Item, Status
+from app.capacity import Amount, Period
+from app.errors import Problem
+from app.ids import item_id
+from app.tenants import ApiKey, ApiKeyEntity, ProviderConnection, Resource
+
+WireStatus = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
+WireType = Literal["SYNC", "ASYNC", "CALLBACK"]
+Json = dict[str, object]
+
+MASK = "********"
+
+encode = msgspec.json.Encoder().encode
+
+
+def verbatim(text: str) -> Json:
+    """Stored JSON as a value that is encoded to the letter."""
+    return cast("Json", cast("object", msgspec.Raw(text.encode())))
+
+
+def instant(at: datetime) -> str:
+    """A time as the wire shows it."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def instant_or_none(at: datetime | None) -> str | None:
+    """The same for what may not have happened yet."""
+    return None if at is None else instant(at)
+
+
+# Answers: batches and items -----------------------------------------------------------------------
+
+
+class _Answer(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
+    pass
+
+
+class ItemResponse(_Answer, frozen=True):
+    """The provider's reply: its body as it came, and its x- headers."""
+
+    data: Json
+    headers: dict[str, str]
+
+
+class ItemBody(_Answer, frozen=True):
+    """An item. ``outputTokens`` and ``completionTokens`` are the same number."""
+
+    workspace_id: UUID
+    environment_id: UUID
+    batch_id: UUID
+    item_id: UUID
+    index: int
+    custom_id: str | None
+    resource_id: UUID
+    status: WireStatus
+    request: Json | UnsetType = UNSET
+    response: ItemResponse | None | UnsetType = UNSET
+    model: str | None
+    estimated_prompt_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    error_code: str | None
+    error_message: str | None
+    error_details: dict[str, int] | None
+    retry_count: int
+    attempts: int
+    next_attempt_at: str | None
+    created_at: str
+    started_at: str | None
+    completed_at: str | None
+
+
+class ApiKeyBody(_Answer, frozen=True):
+    """An api key; ``apiKeyValue`` is shown once, by its creation."""
+
+    api_key_id: UUID
+    workspace_id: UUID
+    environment_id: UUID
+    name: str
+    description: str | None
+    enabled: bool
+    resources: list[str]
+    labels: list[str]
+    enforce_capacity: bool
+    capacity: list[Json]
+    masked_key: str
+    expires_at: str | None
+    last_used_at: str | None
+    created_at: str
+    updated_at: str
+    created_by: UUID | None = None
+    updated_by: UUID | None = None
+    api_key_value: str | UnsetType = UNSET
+
+
+class BatchBody(_Answer, frozen=True):
+    """A batch. ``totalOutputTokens`` and ``totalCompletionTokens`` are the same number."""
+
+    workspace_id: UUID
+    environment_id: UUID
+    batch_id: UUID
+    timestamp: str
+    type: WireType
+    status: WireStatus
+    name: str | None
+    metadata: Json
+    priority: int
+    is_paused: bool
+    callback_options: Json | None
+    capacity: list[Json] | None
+    total_items: int
+    pending: int
+    running: int
+    completed: int
+    failed: int
+    cancelled: int
+    completed_percentage: float
+    total_estimated_prompt_tokens: int
+    total_prompt_tokens: int
+    total_output_tokens: int
+    total_completion_tokens: int
+    error_message: str | None
+    created_at: str
+    updated_at: str
+    started_at: str | None
+    completed_at: str | None
+    created_by_user_id: UUID | None
+    created_by_api_key_id: UUID | None
+    created_by_user: Json | None | UnsetType = UNSET
+    created_by_api_key: ApiKeyBody | None | UnsetType = UNSET
+    items: list[ItemBody] | UnsetType = UNSET
+    items_next_cursor: str | None | UnsetType = UNSET
+
+
+class ItemsPage(_Answer, frozen=True):
+    """Items in the order of submission; ``nextCursor`` is null on the last page."""
+
+    data: list[ItemBody]
+    next_cursor: str | None
+
+
+class BatchesPage(_Answer, frozen=True):
+    """Batches, newest first; ``nextCursor`` is null on the last page."""
+
+    data: list[BatchBody]
+    next_cursor: str | None
+
+
+def item_body(
+    batch: Batch, item: Item, *, status: Status | None = None, slim: bool = False
+) -> ItemBody:
+    """An item on the wire.
+
+    ``status``: show it as it was in this state, for the event that brought it there. ``slim``:
+    without request and response.
+    """
+    shown = status or item.status
+    ended = shown in ("completed", "failed", "cancelled")
+    answered = shown == "completed"
+    prompt_tokens = (item.input_tokens or 0) if answered else 0
+    output_tokens = (item.output_tokens or 0) if answered else 0
+    response: ItemResponse | None | UnsetType = UNSET if slim else None
+    if answered and not slim and item.response is not None:
+        response = ItemResponse(data=verbatim(item.response), headers=item.headers or {})
+    failed = shown == "failed"
+    return ItemBody(
+        workspace_id=item.workspace_id,
+        environment_id=batch.environment_id,
+        batch_id=item.batch_id,
+        item_id=item_id(item.batch_id, item.seq),
+        index=item.seq,
+        custom_id=item.custom_id,
+        resource_id=item.resource_id,
+        status=_status(shown),
+        request=UNSET if slim else verbatim(item.request),
+        response=response,
+        model=item.model if answered else None,
+        estimated_prompt_tokens=item.estimated_input_tokens,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        completion_tokens=output_tokens,
+        total_tokens=prompt_tokens + output_tokens,
+        error_code=item.error_code if failed else None,
+        error_message=item.error_message if failed else None,
+        error_details={"statusCode": item.status_code}
+        if failed and item.status_code is not None
+        else None,
+        retry_count=item.failures,
+        attempts=item.attempt,
+        next_attempt_at=instant(item.visible_at)
+        if shown == "pending" and item.status == "pending" and item.attempt
+        else None,
+        created_at=instant(item.created_at),
+        started_at=instant_or_none(item.claimed_at),
+        completed_at=instant_or_none(item.ended_at) if ended else None,
+    )
+
+
+def batch_body(
+    batch: Batch,
+    *,
+    items: Sequence[ItemBody] | None = None,
+    items_next_cursor: str | None = None,
+    created_by: ApiKeyBody | None | UnsetType = UNSET,
+) -> BatchBody:
+    """A batch on the wire; without ``items`` and ``created_by`` those fields are absent."""
+    error = None
+    if batch.status == "failed":
+        error = f"{batch.failed} of {batch.total_items} items failed"
+    elif batch.status == "cancelled":
+        error = "Batch cancelled by user"
+    seen = (batch.created_at, batch.started_at, batch.cancelled_at, batch.completed_at)
+    return BatchBody(
+        workspace_id=batch.workspace_id,
+        environment_id=batch.environment_id,
+        batch_id=batch.batch_id,
+        timestamp=instant(batch.created_at),
+        type=cast("WireType", batch.type.upper()),
+        status=_status(batch.status),
+        name=batch.name,
+        metadata=batch.metadata,
+        priority=batch.priority,
+        is_paused=batch.is_paused,
+        callback_options=_masked_callback(batch.callback_options),
+        capacity=cast("list[Json]", batch.capacity) or None,
+        total_items=batch.total_items,
+        pending=batch.pending,
+        running=batch.running,
+        completed=batch.completed,
+        failed=batch.failed,
+        cancelled=batch.cancelled,
+        completed_percentage=round(100 * batch.ended / batch.total_items, 2),
+        total_estimated_prompt_tokens=batch.estimated_input_tokens,
+        total_prompt_tokens=batch.input_tokens,
+        total_output_tokens=batch.output_tokens,
+        total_completion_tokens=batch.output_tokens,
+        error_message=error,
+        created_at=instant(batch.created_at),
+        updated_at=instant(max(at for at in seen if at is not None)),
+        started_at=instant_or_none(batch.started_at),
+        completed_at=instant_or_none(batch.completed_at),
+        created_by_user_id=None,
+        created_by_api_key_id=batch.created_by_api_key_id,
+        created_by_user=UNSET if created_by is UNSET else None,
+        created_by_api_key=created_by,
+        items=UNSET if items is None else list(items),
+        items_next_cursor=UNSET if items is None else items_next_cursor,
+    )
+
+
+def _status(status: Status) -> WireStatus:
+    return cast("WireStatus", status.upper())
+
+
+def _masked_callback(options: Mapping[str, Any] | None) -> Json | None:
+    """Callback options without their secrets: header values are often credentials."""
+    if options is None:
+        return None
+    shown: Json = {k: v for k, v in options.items() if k != "secret"}
+    headers = options.get("headers")
+    if isinstance(headers, Mapping):
+        shown["headers"] = dict.fromkeys(cast("Mapping[str, object]", headers), MASK)
+    return shown
+
+
+# Answers: tenants ---------------------------------------------------------------------------------
+
+
+class WhoAmI(_Answer, frozen=True):
+    """What the caller's key opens."""
+
+    workspace_id: UUID
+    environment_id: UUID
+    api_key_id: UUID
+    name: str
+    masked_key: str
+    resources: list[str]
+
+
+class ConnectionBody(_Answer, frozen=True):
+    """An account at a provider. Secrets and header values are masked."""
+
+    connection_id: UUID
+    workspace_id: UUID
+    environment_id: UUID
+    name: str
+    description: str | None
+    provider: str
+    base_url: str
+    headers: dict[str, str]
+    config: dict[str, str]
+    allowed_models: list[str] | None
+    capacity: list[Json]
+    timeout_ms: int
+    created_at: str
+    updated_at: str
+
+
+class ResourceModelBody(_Answer, frozen=True):
+    """Which model, on which connection."""
+
+    provider: str
+    model: str
+    connection_id: UUID
+
+
+class ResourceBody(_Answer, frozen=True):
+    """A named model that items may ask."""
+
+    resource_id: UUID
+    workspace_id: UUID
+    environment_id: UUID
+    name: str
+    description: str | None
+    model: ResourceModelBody
+    use_fallback: bool
+    default_args: Json
+    capacity: list[Json]
+    enforce_capacity: bool
+    timeout_ms: int | None
+    created_at: str
+    updated_at: str
+
+
+def who_am_i(key: ApiKey) -> WhoAmI:
+    """The caller on the wire."""
+    return WhoAmI(
+        workspace_id=key.workspace_id,
+        environment_id=key.environment_id,
+        api_key_id=key.api_key_id,
+        name=key.name,
+        masked_key=key.masked_key,
+        resources=key.resources,
+    )
+
+
+def api_key_body(key: ApiKeyEntity, *, value: str | None = None) -> ApiKeyBody:
+    """An api key on the wire; ``value`` only for its creator, once."""
+    return ApiKeyBody(
+        api_key_id=key.api_key_id,
+        workspace_id=key.workspace_id,
+        environment_id=key.environment_id,
+        name=key.name,
+        description=key.description,
+        enabled=key.enabled,
+        resources=key.resources,
+        labels=key.labels,
+        enforce_capacity=key.enforce_capacity,
+        capacity=cast("list[Json]", key.capacity),
+        masked_key=key.masked_key,
+        expires_at=instant_or_none(key.expires_at),
+        last_used_at=instant_or_none(key.last_used_at),
+        created_at=instant(key.created_at),
+        updated_at=instant(key.updated_at),
+        api_key_value=UNSET if value is None else value,
+    )
+
+
+def connection_body(of: ProviderConnection) -> ConnectionBody:
+    """A connection on the wire."""
+    return ConnectionBody(
+        connection_id=of.connection_id,
+        workspace_id=of.workspace_id,
+        environment_id=of.environment_id,
+        name=of.name,
+        description=of.description,
+        provider=of.provider,
+        base_url=of.base_url,
+        headers=dict.fromkeys(of.headers, MASK),
+        config={"baseUrl": of.base_url} | ({} if of.secret is None else {"apiKey": MASK}),
+        allowed_models=of.allowed_models,
+        capacity=cast("list[Json]", of.capacity),
+        timeout_ms=of.timeout_ms,
+        created_at=instant(of.created_at),
+        updated_at=instant(of.updated_at),
+    )
+
+
+def resource_body(of: Resource) -> ResourceBody:
+    """A resource on the wire."""
+    return ResourceBody(
+        resource_id=of.resource_id,
+        workspace_id=of.workspace_id,
+        environment_id=of.environment_id,
+        name=of.name,
+        description=of.description,
+        model=ResourceModelBody(
+            provider=of.provider, model=of.model, connection_id=of.connection_id
+        ),
+        use_fallback=False,
+        default_args=of.default_args,
+        capacity=cast("list[Json]", of.capacity),
+        enforce_capacity=of.enforce_capacity,
+        timeout_ms=of.timeout_ms,
+        created_at=instant(of.created_at),
+        updated_at=instant(of.updated_at),
+    )
+
+
+# Requests -----------------------------------------------------------------------------------------
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _storable(value: object) -> object:
+    """Refuse what Postgres cannot keep in text: NUL, and halves of surrogate pairs."""
+    match value:
+        case str():
+            if "\0" in value:
+                raise ValueError("must not contain the character \\u0000")
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError("must not contain half of a surrogate pair") from None
+        case dict():
+            for key, each in cast("dict[object, object]", value).items():
+                _storable(key)
+                _storable(each)
+        case list():
+            for each in cast("list[object]", value):
+                _storable(each)
+        case _:
+            pass
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_storable)]
+Name = Annotated[str, BeforeValidator(_storable), Field(min_length=1, max_length=200)]
+Keyed = Annotated[dict[str, Any], BeforeValidator(_storable)]
+
+
+class _Sent(BaseModel):
+    """What a client sends. Unknown keys are ignored, as the reference's clients expect."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=False, extra="ignore", strict=False
+    )
+
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+
+
+class CapacityEntry(_Sent):
+    """So many requests and tokens per period; null, 0 and absent mean any number."""
+
+    period: Annotated[Period, BeforeValidator(_lower)]
+    requests: Count | None = None
+    tokens: Count | None = None
+    enabled: bool | None = None
+    dimension: object | None = None
+
+    @field_validator("dimension")
+    @classmethod
+    def _only_plain(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("is not supported yet; leave it out")
+        return value
+
+
+Capacity = Annotated[list[CapacityEntry], Field(max_length=50)]
+
+
+def capacity_entries(capacity: Sequence[CapacityEntry] | None) -> list[Json]:
+    """Limits as they are stored and shown."""
+    return [
+        {
+            "period": entry.period,
+            "requests": entry.requests,
+            "tokens": entry.tokens,
+            "enabled": entry.enabled is not False,
+        }
+        for entry in capacity or ()
+    ]
+
+
+def amounts(capacity: Sequence[CapacityEntry] | None) -> list[Amount]:
+    """Those limits that are in force."""
+    return [
+        Amount(period=entry.period, requests=entry.requests or None, tokens=entry.tokens or None)
+        for entry in capacity or ()
+        if entry.enabled is not False and (entry.requests or entry.tokens)
+    ]
+
+
+class BatchHead(_Sent):
+    """A new batch but for its items, which are never held together."""
+
+    type: Annotated[WireType, BeforeValidator(_upper)]
+    name: Name | None = None
+    metadata: Keyed = Field(default_factory=dict)
+    priority: Annotated[int, Field(strict=True, ge=-100, le=100)] = 0
+    max_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] | None = None
+    idempotency_key: Name | None = None
+    capacity: list[Any] | None = None
+    callback_options: dict[str, Any] | None = None
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def _null_is_zero(cls, value: object) -> object:
+        return 0 if value is None else value
+
+    @field_validator("capacity")
+    @classmethod
+    def _no_batch_limits(cls, value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise ValueError(
+                "limits of a batch arrive in a later version; set them on the resource, "
+                "the connection or the api key"
+            )
+        return value
+
+
+def problems_of(error: PydanticError) -> list[Problem]:
+    """What pydantic found, in our words and with the wire's paths."""
+    found: list[Problem] = []
+    for each in error.errors(include_url=False, include_input=False, include_context=False):
+        path = ""
+        for part in each["loc"]:
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        message = each["msg"].removeprefix("Value error, ")
+        if each["type"] == "missing":
+            message = "is required"
+        found.append(Problem(path=path or "body", message=message))
+    return found
+
+
+def _base_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        raise ValueError("must be an http or https address without a user, such as https://host/v1")
+    if parts.query or parts.fragment:
+        raise ValueError("must not have a query or a fragment")
+    return value.rstrip("/")
+
+
+class ConnectionConfig(_Sent):
+    """The contract's nested form of the same fields."""
+
+    api_key: Text | None = None
+    base_url: Text | None = None
+
+
+class ConnectionCreate(_Sent):
+    """A new account at a provider. ``apiKey`` and ``baseUrl`` may also stand in ``config``."""
+
+    name: Name
+    description: Text | None = None
+    provider: Name = "openai-compatible"
+    base_url: Text | None = None
+    api_key: Text | None = None
+    config: ConnectionConfig | None = None
+    headers: dict[Text, Text] | None = None
+    allowed_models: list[Text] | None = None
+    capacity: Capacity | None = None
+    timeout_ms: Annotated[int, Field(strict=True, ge=100, le=600_000)] | None = None
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_base_url(cls, value: str | None) -> str | None:
+        return None if value is None else _base_url(value)
+
+    @field_validator("headers")
+    @classmethod
+    def _are_headers(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for name, text in (value or {}).items():
+            if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"'{name}' is not the name of a header")
+            if not (text.isascii() and text.isprintable()):
+                raise ValueError(f"the value of '{name}' must be printable ASCII")
+        return value
+
+
+class ResourceModel(_Sent):
+    """Which model, on which connection."""
+
+    model: Name
+    connection_id: UUID
+    provider: Text | None = None
+
+
+class ResourceCreate(_Sent):
+    """A new named model. Fallbacks, routing and secondary models are refused, not ignored."""
+
+    name: Name
+    description: Text | None = None
+    model: ResourceModel
+    default_args: Keyed | None = None
+    capacity: Capacity | None = None
+    enforce_capacity: bool | None = None
+    timeout_ms: Annotated[int, Field(strict=True, ge=100, le=600_000)] | None = None
+    assign_api_keys: Annotated[list[UUID], Field(max_length=1000)] | None = None
+    use_fallback: bool | None = None
+    fallback_models: list[Any] | None = None
+    secondary_models: list[Any] | None = None
+    routing: dict[str, Any] | None = None
+
+    @field_validator("use_fallback", "fallback_models", "secondary_models")
+    @classmethod
+    def _not_yet(cls, value: object) -> object:
+        if value:
+            raise ValueError("is not supported yet; leave it out")
+        return value
+
+    @field_validator("routing")
+    @classmethod
+    def _no_routing(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and value.get("enabled") is not False:
+            raise ValueError("is not supported yet; leave it out")
+        return value
+
+
+class ApiKeyCreate(_Sent):
+    """A new api key. ``resources``: ids of resources, or ``["*"]``."""
+
+    name: Name
+    description: Text | None = None
+    enabled: bool = True
+    resources: Annotated[list[UUID | Literal["*"]], Field(max_length=1000)]
+    labels: Annotated[list[Text], Field(max_length=100)] | None = None
+    enforce_capacity: bool = True
+    capacity: Capacity | None = None
+    expires_at: datetime | None = None
+
+    @field_validator("expires_at")
+    @classmethod
+    def _has_a_zone(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError("must carry a time zone, such as 2030-01-31T00:00:00Z")
+        return value

@@ -1,0 +1,291 @@
+"""The worker against a real provider (the simulator on loopback) and a real database."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from app.batches import Batch
+from app.db import CONNECTION_ERRORS
+from app.doorbell import WORK, Ringer
+from app.maintenance import Maintenance
+from app.settings import Settings
+from app.simulator import Behaviour, Simulator
+from app.worker import Worker
+from tests.scene import Scene
+
+FAST: dict[str, Any] = {
+    "heartbeat_s": 0.2,
+    "dead_after_s": 1.0,
+    "backoff_base_s": 0.05,
+    "backoff_cap_s": 0.2,
+    "drain_s": 5.0,
+}
+
+
+@asynccontextmanager
+async def simulator(**behaviour: Any) -> AsyncGenerator[tuple[Simulator, str]]:  # noqa: ANN401
+    behaviour = {"latency_ms": 20, "port": 0, "seed": 1} | behaviour
+    server = Simulator(Behaviour(**behaviour))
+    url = await server.start()
+    try:
+        yield server, url
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def working(scene: Scene, url: str, **settings: Any) -> AsyncGenerator[Worker]:  # noqa: ANN401
+    """A worker and maintenance at work; stopped in good order at the end."""
+    chosen = Settings(**(FAST | {"concurrency": 50, "database_url": url} | settings))
+    worker = Worker(chosen, scene.db, keyring=scene.keyring, listen_url=url)
+    tasks = [
+        asyncio.create_task(worker.run()),
+        asyncio.create_task(Maintenance(chosen, scene.db).run()),
+    ]
+    try:
+        yield worker
+        worker.stop.set()
+        await asyncio.wait_for(tasks[0], 20)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(
+    check: Callable[[], Awaitable[bool]], *, within_s: float = 30, every_s: float = 0.05
+) -> None:
+    """Poll with a deadline."""
+    deadline = time.monotonic() + within_s
+    while not await check():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(every_s)
+
+
+async def ended(scene: Scene, batch: Batch, *, within_s: float = 30) -> Batch:
+    async def is_finished() -> bool:
+        try:
+            return (await scene.batch(batch.batch_id)).is_finished
+        except CONNECTION_ERRORS:
+            return False
+
+    await until(is_finished, within_s=within_s)
+    return await scene.batch(batch.batch_id)
+
+
+def bodies(count: int) -> list[bytes]:
+    return [
+        b'{"messages":[{"role":"user","content":"question %d"}],"max_tokens":30}' % n
+        for n in range(count)
+    ]
+
+
+async def test_every_item_is_answered_once_and_the_books_balance(database: str) -> None:
+    async with simulator() as (provider, url), Scene.open(database, base_url=url, tpm=10**9) as scene:
+        batch = await scene.submit(bodies(200))
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, batch.completed, batch.retries) == ("completed", 200, 0)
+        assert provider.report()["answered"] == 200
+        assert provider.report()["called_twice"] == 0
+        assert await scene.value("select count(*) from attempts where outcome = 'answered'") == 200
+        used = await scene.value("select sum(input_tokens + output_tokens) from ledger")
+        assert used == batch.input_tokens + batch.output_tokens
+        await scene.check_books()
+
+
+async def test_failures_are_retried_with_backoff_until_they_succeed(database: str) -> None:
+    faults = {"error_rate": 0.2, "cut_rate": 0.1, "garbage_rate": 0.1}
+    async with simulator(**faults) as (provider, url), Scene.open(database, base_url=url) as scene:
+        batch = await scene.submit(bodies(60), max_attempts=50)
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, batch.completed) == ("completed", 60)
+        assert batch.retries > 0
+        assert provider.report()["answered_twice"] == 0
+        attempts = await scene.value("select count(*) from attempts")
+        assert attempts == 60 + batch.retries
+        await scene.check_books()
+
+
+async def test_an_item_fails_after_its_last_attempt_and_keeps_its_history(database: str) -> None:
+    async with simulator(error_rate=1.0) as (_, url), Scene.open(database, base_url=url) as scene:
+        batch = await scene.submit(bodies(3), max_attempts=2)
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, batch.failed) == ("failed", 3)
+        assert await scene.rows(
+            "select outcome::text, status_code, count(*) from attempts group by 1, 2"
+        ) == [("unreachable", 500, 6)]
+        reasons = await scene.rows("select distinct ended_reason::text from items")
+        assert reasons == [("exhausted",)]
+        await scene.check_books()
+
+
+async def test_a_provider_that_says_429_is_left_alone_until_it_said(database: str) -> None:
+    """Its limit is below ours: calls are refused, nothing is burned or lost, the rest wait."""
+    async with (
+        simulator(rpm=40, algorithm="bucket", bucket_seconds=15) as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+    ):
+        batch = await scene.submit(bodies(12), max_attempts=1)
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, batch.completed, batch.failed) == ("completed", 12, 0)
+        assert provider.report()["refused"] > 0
+        assert await scene.value("select max(failures) from items") == 0
+        blocked = await scene.value("select blocked_reason from resource_states")
+        assert blocked == "rate_limited"
+        await scene.check_books()
+
+
+async def test_a_refused_connection_counts_as_a_failure_and_is_refunded(database: str) -> None:
+    async with Scene.open(database, base_url="http://127.0.0.1:9/v1", rpm=100) as scene:
+        batch = await scene.submit(bodies(2), max_attempts=2)
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert batch.failed == 2
+        assert await scene.value("select coalesce(sum(requests), 0) from ledger") == 0
+        await scene.check_books()
+
+
+async def test_an_idle_worker_hears_of_new_work(database: str) -> None:
+    """Well within the five seconds after which it would have looked by itself."""
+    async with simulator() as (_, url), Scene.open(database, base_url=url) as scene:
+        async with working(scene, database) as worker:
+            ringer = Ringer(scene.db)
+            await until(lambda: _hears(scene))
+            for _ in range(3):
+                batch = await scene.submit(1)
+                begun = time.monotonic()
+                ringer.ring(WORK, scene.resource_ids)
+                await ringer.flush()
+                await ended(scene, batch, within_s=2)
+                assert time.monotonic() - begun < 2
+            assert worker.in_flight == 0
+
+
+async def test_stopping_finishes_the_calls_in_flight(database: str) -> None:
+    async with simulator(latency_ms=400) as (provider, url), Scene.open(
+        database, base_url=url
+    ) as scene:
+        await scene.submit(bodies(100))
+        async with working(scene, database, concurrency=20) as worker:
+            await until(lambda: _equals(worker, 20))
+        assert await scene.value("select count(*) from items where status = 'running'") == 0
+        assert await scene.value("select count(*) from items where attempt > 1") == 0
+        report = provider.report()
+        assert report["answered"] == await scene.value(
+            "select count(*) from items where status = 'completed'"
+        )
+        stopped = await scene.value(
+            "select stopped_at is not null from workers where worker_id = %s", worker.worker_id
+        )
+        assert stopped
+        await scene.check_books()
+
+
+async def test_a_forced_stop_burns_nothing_and_says_what_may_have_been_paid(database: str) -> None:
+    async with simulator(hang_rate=1.0) as (_, url), Scene.open(database, base_url=url) as scene:
+        batch = await scene.submit(bodies(5))
+        async with working(scene, database) as worker:
+            await until(lambda: _equals(worker, 5))
+            worker.force.set()
+        again = await scene.batch(batch.batch_id)
+        assert (again.pending, again.running) == (5, 0)
+        assert await scene.rows("select distinct failures, crashes from items") == [(0, 0)]
+        assert await scene.rows("select outcome::text, error_code, count(*) from attempts group by 1, 2") == [
+            ("lost", "aborted", 5)
+        ]
+        await scene.check_books()
+
+
+async def test_cut_database_connections_lose_nothing(database: str) -> None:
+    """Every connection to the database is cut again and again, in the middle of whatever it does."""
+    async with simulator(latency_ms=60) as (provider, url), Scene.open(
+        database, base_url=url, rpm=100_000
+    ) as scene:
+        batch = await scene.submit(bodies(400))
+        async with working(scene, database, concurrency=10):
+            with psycopg.connect(database, autocommit=True) as knife:
+                for _ in range(8):
+                    await asyncio.sleep(0.15)
+                    knife.execute(
+                        "select pg_terminate_backend(pid) from pg_stat_activity "
+                        "where datname = current_database() and pid <> pg_backend_pid()"
+                    )
+            # Far less than a lease: what a lost answer of a claim took is found and given back.
+            batch = await ended(scene, batch, within_s=20)
+        assert (batch.status, batch.completed) == ("completed", 400)
+        assert provider.report()["answered_twice"] == 0
+        await scene.check_books()
+
+
+async def test_items_of_a_vanished_worker_are_reclaimed_by_another(database: str) -> None:
+    async with simulator() as (_, url), Scene.open(database, base_url=url) as scene:
+        batch = await scene.submit(bodies(10))
+        taken = await scene.claim(4)  # a worker that is never heard of again
+        assert len(taken.items) == 4
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, batch.completed) == ("completed", 10)
+        assert await scene.value("select count(*) from attempts where outcome = 'lost'") == 4
+        assert await scene.value("select max(crashes) from items") == 1
+        await scene.check_books()
+
+
+async def test_a_limit_is_never_exceeded_and_waits_exactly(database: str) -> None:
+    async with simulator(rpm=30) as (provider, url), Scene.open(database, base_url=url, rpm=30) as scene:
+        batch = await scene.submit(bodies(60))
+        async with working(scene, database):
+            async def all_of_the_minute() -> bool:
+                return (await scene.batch(batch.batch_id)).completed == 30
+
+            await until(all_of_the_minute, within_s=10)
+            wait = await scene.value("select extract(epoch from next_at - clock_timestamp()) from ready")
+            assert 55 < float(wait) < 62
+        assert provider.report()["received"] == 30
+        assert provider.report()["refused"] == 0
+        await scene.check_books()
+
+
+async def test_a_reply_that_cannot_be_stored_does_not_hold_up_the_others(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One outcome with text that Postgres refuses (NUL) between good ones."""
+    from app import worker as module  # noqa: PLC0415 - patched below
+
+    record = module.Worker._recorded  # noqa: SLF001 - the seam where a provider's reply enters
+
+    def spoiled(self: Worker, item: Any, route: Any, outcome: Any) -> Any:  # noqa: ANN401
+        settlement, body = record(self, item, route, outcome)
+        if item.seq == 3:
+            settlement.model = "a\0b"
+        return settlement, body
+
+    monkeypatch.setattr(module.Worker, "_recorded", spoiled)
+    async with simulator() as (_, url), Scene.open(database, base_url=url) as scene:
+        batch = await scene.submit(bodies(8))
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.completed, batch.failed) == (7, 1)
+        assert await scene.rows("select seq, error_code from item_results where error_code is not null") == [
+            (3, "unstorable")
+        ]
+        await scene.check_books()
+
+
+async def _hears(scene: Scene) -> bool:
+    return await scene.value(
+        "select exists (select from pg_stat_activity where datname = current_database() "
+        "and application_name = 'sluice-listen' and state = 'idle' and query ilike 'listen%%')"
+    )
+
+
+async def _equals(worker: Worker, calls: int) -> bool:
+    return worker.in_flight == calls
