@@ -197,6 +197,12 @@ class _ResourceId:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Uses:
+    batch_id: UUID
+    resource_ids: list[UUID]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Redriven:
     redriven: int
 
@@ -212,6 +218,7 @@ _idempotency_lock = Query("batches", "idempotency_lock", _Locked)
 _batch_resources = Query("batches", "batch_resources", _ResourceId)
 _flows_pause = Query("batches", "flows_pause", NoRow)
 _flows_resume = Query("batches", "flows_resume", NoRow)
+_batches_resources = Query("batches", "batches_resources", _Uses)
 _run_batches = Query("batches", "run_batches", RunBatch)
 _items_page = Query("items", "items_page", Item)
 _items_some = Query("items", "items_some", Item)
@@ -545,6 +552,14 @@ async def resource_ids(conn: Connection, *, workspace_id: UUID, batch_id: UUID) 
     """The resources that a batch uses."""
     rows = await _batch_resources.all(conn, workspace_id=workspace_id, batch_id=batch_id)
     return [row.resource_id for row in rows]
+
+
+async def resource_ids_of(
+    conn: Connection, *, workspace_id: UUID, batch_ids: Sequence[UUID]
+) -> dict[UUID, list[UUID]]:
+    """The resources that each of some batches uses."""
+    rows = await _batches_resources.all(conn, workspace_id=workspace_id, batch_ids=list(batch_ids))
+    return {row.batch_id: row.resource_ids for row in rows}
 
 
 async def redrive(conn: Connection, *, workspace_id: UUID, batch_id: UUID, most: int = 5000) -> int:

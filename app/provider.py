@@ -1005,7 +1005,7 @@ class _Connections:
         connection.idle_since = now
         waiting = self._idle.setdefault(connection.origin, deque())
         waiting.append(connection)
-        while now - waiting[0].idle_since >= IDLE_S:
+        while waiting and now - waiting[0].idle_since >= IDLE_S:
             waiting.popleft().abort()
 
     async def open(self, origin: _Origin) -> _Connection:

@@ -54,6 +54,27 @@ class ApiKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKeyEntity:
+    """A key as people see it, usable or not; never its value."""
+
+    workspace_id: UUID
+    api_key_id: UUID
+    environment_id: UUID
+    name: str
+    description: str | None
+    masked_key: str
+    enabled: bool
+    resources: list[str]
+    labels: list[str]
+    enforce_capacity: bool
+    capacity: list[dict[str, Any]]
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderConnection:
     """An account at a provider. The secret is sealed; ``open_secret`` opens it."""
 
@@ -138,6 +159,7 @@ _environment_get = Query("tenants", "environment_get", Environment)
 _environment_named = Query("tenants", "environment_named", Environment)
 _api_key_insert = Query("tenants", "api_key_insert", NoRow)
 _api_key_by_hash = Query("tenants", "api_key_by_hash", ApiKey)
+_api_key_get = Query("tenants", "api_key_get", ApiKeyEntity)
 _api_key_used = Query("tenants", "api_key_used", NoRow)
 _api_key_allow = Query("tenants", "api_key_allow", _KeyId)
 _connection_insert = Query("tenants", "connection_insert", NoRow)
@@ -243,6 +265,15 @@ async def has_api_key(conn: Connection, *, workspace_id: UUID, environment_id: U
     """Whether an environment has a usable key."""
     row = await _api_key_any.one(conn, workspace_id=workspace_id, environment_id=environment_id)
     return row.found
+
+
+async def api_key_entity(
+    conn: Connection, *, workspace_id: UUID, environment_id: UUID, api_key_id: UUID
+) -> ApiKeyEntity | None:
+    """A key by its id, or None."""
+    return await _api_key_get.one_or_none(
+        conn, workspace_id=workspace_id, environment_id=environment_id, api_key_id=api_key_id
+    )
 
 
 async def note_api_key_used(conn: Connection, *, key: ApiKey) -> None:

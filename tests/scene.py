@@ -3,6 +3,8 @@
 Plain functions over the real modules and a real database; nothing of the product is replaced.
 """
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,10 +12,11 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from app import batches, queue, tenants
+from app import batches, capacity, events, queue, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount
 from app.db import Connection, Database
+from app.events import Event
 from app.ids import uuid7
 from app.queue import Claim, Item, Outcome, Settled, Settlement
 from app.secrets import Keyring
@@ -211,6 +214,7 @@ class Scene:
         wait_s: float | None = None,
         refund: bool = False,
         worker_id: UUID | None = None,
+        body: str = ANSWER,
     ) -> list[Settled]:
         """Record the same outcome for these items; ``used``: input and output tokens."""
         if conn is None:
@@ -223,6 +227,7 @@ class Scene:
                     wait_s=wait_s,
                     refund=refund,
                     worker_id=worker_id,
+                    body=body,
                 )
         answered = outcome == Outcome.answered
         return await queue.settle(
@@ -252,30 +257,137 @@ class Scene:
                 )
                 for item in items
             ],
-            bodies=[ANSWER if answered else None for _ in items],
+            bodies=[body if answered else None for _ in items],
         )
 
     async def reclaim(
-        self, items: Sequence[Item], *, alone: bool = False, max_crashes: int = 3
+        self,
+        items: Sequence[Item],
+        *,
+        conn: Connection | None = None,
+        alone: bool = False,
+        max_crashes: int = 3,
     ) -> int:
         """Bring items of one batch back as if their worker had vanished."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.reclaim(items, conn=own, alone=alone, max_crashes=max_crashes)
+        return await queue.reclaim(
+            conn,
+            items=[
+                queue.Lapsed(
+                    workspace_id=item.workspace_id,
+                    batch_day=item.batch_day,
+                    batch_id=item.batch_id,
+                    seq=item.seq,
+                    attempt=item.attempt,
+                    alone=alone,
+                )
+                for item in items
+            ],
+            max_crashes=max_crashes,
+            wait_s=0,
+        )
+
+    async def cancel(self, batch: Batch, *, conn: Connection | None = None) -> str | None:
+        """Close a batch; its rows follow with ``mark``."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.cancel(batch, conn=own)
+        return await queue.cancel(conn, workspace_id=self.workspace_id, batch_id=batch.batch_id)
+
+    async def mark(self, batch: Batch, *, conn: Connection | None = None, most: int = 2000) -> int:
+        """Let some rows of a cancelled batch follow; how many."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.mark(batch, conn=own, most=most)
+        return await queue.cancel_chunk(
+            conn,
+            workspace_id=self.workspace_id,
+            batch_day=batch.batch_day,
+            batch_id=batch.batch_id,
+            most=most,
+        )
+
+    async def redrive(
+        self, batch: Batch, *, conn: Connection | None = None, most: int = 5000
+    ) -> int:
+        """Put failed items back; how many."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.redrive(batch, conn=own, most=most)
+        return await batches.redrive(
+            conn, workspace_id=self.workspace_id, batch_id=batch.batch_id, most=most
+        )
+
+    async def limit(
+        self,
+        *,
+        requests: int | None = None,
+        tokens: int | None = None,
+        resource: int = 0,
+        scope_id: UUID | None = None,
+    ) -> None:
+        """Replace the limits per minute of a resource (or of another scope)."""
         async with self.db.transaction() as conn:
-            return await queue.reclaim(
+            await capacity.set_limits(
                 conn,
-                items=[
-                    queue.Lapsed(
-                        workspace_id=item.workspace_id,
-                        batch_day=item.batch_day,
-                        batch_id=item.batch_id,
-                        seq=item.seq,
-                        attempt=item.attempt,
-                        alone=alone,
-                    )
-                    for item in items
-                ],
-                max_crashes=max_crashes,
-                wait_s=0,
+                workspace_id=self.workspace_id,
+                scope_id=scope_id or self.resource_ids[resource],
+                amounts=_amounts(requests, tokens),
             )
+
+    async def size(self, batch: Batch, sizes: Sequence[tuple[int, int]]) -> None:
+        """Give the first items these estimates of input and output tokens."""
+        await self.do(
+            "update items i set input_tokens = s.i, max_output_tokens = s.o"
+            " from unnest(%s::int[], %s::int[]) with ordinality as s (i, o, n)"
+            " where i.batch_id = %s and i.seq = s.n - 1",
+            [i for i, _ in sizes],
+            [o for _, o in sizes],
+            batch.batch_id,
+        )
+
+    async def age(self, seconds: int) -> None:
+        """Make all that was claimed so many seconds older, as if that time had passed."""
+        for change in (
+            "update ledger set slot_at = slot_at - %s * interval '1 second'",
+            "update items set claimed_at = claimed_at - %s * interval '1 second'",
+            "update attempts set claimed_at = claimed_at - %s * interval '1 second'",
+        ):
+            await self.do(change, seconds)
+
+    async def items(self, batch: Batch) -> list[batches.Item]:
+        """All items of a batch, as the API reads them."""
+        async with self.db.connection() as conn:
+            return await batches.items(conn, batch=batch, most=100_000)
+
+    async def events(self, batch: Batch) -> list[Event]:
+        """The whole history of a batch."""
+        async with self.db.connection() as conn:
+            return await events.after(
+                conn,
+                workspace_id=batch.workspace_id,
+                batch_day=batch.batch_day,
+                batch_id=batch.batch_id,
+                number=0,
+                most_rows=100_000,
+            )
+
+    async def due_in(self, resource: int = 0) -> float:
+        """Seconds until a look at a resource is due, by the ready table; infinity if never."""
+        return float(
+            await self.value(
+                "select extract(epoch from next_at - clock_timestamp()) from ready"
+                " where resource_id = %s",
+                self.resource_ids[resource],
+            )
+        )
+
+    async def do(self, statement: str, *params: object) -> None:
+        """Change whatever a test wants to be otherwise."""
+        async with self.db.connection() as conn:
+            await conn.execute(statement.encode(), params)
 
     async def rows(self, query: str, *params: object) -> list[tuple[Any, ...]]:
         """Whatever a test wants to see."""
@@ -355,6 +467,18 @@ RECOUNT_EVENTS = """
             and e.kind::text = 'item-' || i.status::text
     )
 """
+
+
+async def until_blocked(scene: Scene, conn: Connection, work: "asyncio.Task[Any]") -> bool:
+    """Whether ``conn`` waits for another session's lock; False when ``work`` ended without."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if await scene.value("select cardinality(pg_blocking_pids(%s))", conn.info.backend_pid):
+            return True
+        if work.done():
+            return False
+        await asyncio.sleep(0.002)
+    raise TimeoutError("neither blocked nor done")
 
 
 def _amounts(rpm: int | None, tpm: int | None) -> list[Amount]:

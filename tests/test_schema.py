@@ -100,7 +100,7 @@ def test_everything_is_explained(shared_database: str) -> None:
     ("table", "change", "rule"),
     [
         ("items", "status = 'running'", "items_running_has_a_lease"),
-        ("items", "status = 'completed'", "items_end_has_a_reason"),
+        ("items", "status = 'failed'", "items_end_has_a_reason"),
         ("items", "attempt = -1", "items_attempt_not_negative"),
         ("flows", "pending = pending + 1", "flows_counts_add_up"),
         ("flows", "running = -1, pending = pending + 1", "flows_counts_not_negative"),

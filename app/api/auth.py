@@ -28,9 +28,7 @@ _NOTED_S = 60.0
 Caller = Annotated[ApiKey, Dependency(skip_validation=True)]
 
 
-async def authenticate(
-    connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
-) -> None:
+async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
     """Find the caller's key and refuse a path that is not in its environment. Guards routers."""
     context: Context = connection.app.state.context
     value = connection.headers.get("x-api-key")

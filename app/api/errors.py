@@ -5,7 +5,7 @@ answer carries ``x-request-id``, the caller's own if it sent a sane one, which i
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import msgspec
@@ -13,7 +13,7 @@ import psycopg
 from litestar import Request, Response
 from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, ValidationException
-from litestar.types import ExceptionHandlersMap, Message, Scope
+from litestar.types import Message, Scope
 from psycopg_pool import PoolTimeout
 
 from app.errors import DatabaseUnavailableError, RequestError, UnauthenticatedError
@@ -101,7 +101,9 @@ def _framework(request: AnyRequest, error: HTTPException) -> Response[bytes]:
     details: dict[str, object] = {}
     extra = cast("object", error.extra)
     if isinstance(error, ValidationException) and isinstance(extra, list):
-        given = [cast("dict[str, str]", e) for e in cast("list[object]", extra) if isinstance(e, dict)]
+        given = [
+            cast("dict[str, str]", e) for e in cast("list[object]", extra) if isinstance(e, dict)
+        ]
         problems = [{"path": e.get("key", "body"), "message": e.get("message", "")} for e in given]
         details = {"errors": problems}
         message = "Validation error: " + ", ".join(f"{p['path']}: {p['message']}" for p in problems)
@@ -136,7 +138,7 @@ def _unexpected(request: AnyRequest, error: Exception) -> Response[bytes]:
     )
 
 
-HANDLERS: ExceptionHandlersMap = {
+HANDLERS: dict[type[Exception], Callable[[AnyRequest, Any], Response[bytes]]] = {
     RequestError: _refused,
     HTTPException: _framework,
     DatabaseUnavailableError: _unavailable,

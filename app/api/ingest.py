@@ -13,7 +13,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar, cast
@@ -33,7 +33,6 @@ from app.doorbell import EVENTS, WORK
 from app.errors import (
     NotFoundError,
     Problem,
-    RequestError,
     TooLargeError,
     ValidationError,
 )
@@ -154,7 +153,7 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
 
 
 @asynccontextmanager
-async def _spooled(context: Context, request: AnyRequest) -> AsyncIterator[_Spooled]:
+async def _spooled(context: Context, request: AnyRequest) -> AsyncGenerator[_Spooled]:
     """The body: in memory while it is small, else in a file that has no name."""
     most = context.settings.max_body_bytes
     announced = request.headers.get("content-length", "")
@@ -196,7 +195,7 @@ async def _spooled(context: Context, request: AnyRequest) -> AsyncIterator[_Spoo
 
 
 def _temporary() -> BinaryIO:
-    return cast("BinaryIO", tempfile.TemporaryFile(buffering=0))  # noqa: SIM115 - closed by _spooled
+    return cast("BinaryIO", tempfile.TemporaryFile(buffering=0))
 
 
 def _too_large(most: int) -> TooLargeError:
@@ -347,32 +346,29 @@ class _ItemError(ValueError):
 
 def _item_of(raw: bytes) -> _Item:
     try:
-        return _decode_item(raw)
+        try:
+            return _decode_item(raw)
+        except msgspec.ValidationError:
+            raise
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # msgspec refuses halves of surrogate pairs, which JSON's grammar allows and models do
+            # write. So such an item is taken apart by ourselves, to keep its request to the letter.
+            _decoded(raw)
+            return _by_hand(raw)
     except msgspec.ValidationError as error:
         found = _WHERE.match(str(error))
         assert found is not None
         raise _ItemError(found["what"], found["path"] or "") from None
     except RecursionError:
         raise _ItemError("is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        # msgspec refuses halves of surrogate pairs, which JSON's grammar allows and models do
-        # write. So such an item is taken apart by ourselves, to keep its request to the letter.
-        try:
-            _decoded(raw)
-            return _by_hand(raw)
-        except msgspec.ValidationError as wrong:
-            raise _ItemError(str(wrong)) from None
-        except ValueError:
-            raise _ItemError(f"is not valid JSON: {error}") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _ItemError(f"is not valid JSON: {error}") from None
 
 
 def _by_hand(raw: bytes) -> _Item:
-    members: dict[str, bytes] = {}
     source = io.BytesIO(raw)
-    for name, value in Splitter(
-        source.read, array="", most_element=len(raw), most_member=len(raw)
-    ).members():
-        members[name] = value
+    most = len(raw)
+    members = dict(Splitter(source.read, array="", most_element=most, most_member=most).members())
     request = members.pop("request", b"")
     known = (b'"%s":%s' % (n.encode(), v) for n, v in members.items() if n in _OWN)
     item = _decode_item(b"{%s}" % b",".join(known))
@@ -483,14 +479,5 @@ async def _new_items(
                 break
         return made
 
-    while items := await _in_thread(some):
+    while items := await asyncio.to_thread(some):
         yield items
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work)
-
-
-def refuse_body(message: str) -> RequestError:
-    """A body that is no use at all."""
-    return ValidationError([Problem(path="body", message=message)])

@@ -91,31 +91,26 @@ class Splitter:
         Raises MalformedError and TooLongError. A name that comes twice is refused: which one
         counts would depend on the reader.
         """
-        while len(self._buffer) < len(codecs.BOM_UTF8) and self._more():
-            pass
-        if self._buffer.startswith(codecs.BOM_UTF8):
-            self._at = len(codecs.BOM_UTF8)
+        self._skip_mark()
         if self._peek() != ord("{"):
             raise self._malformed("expected an object")
         self._at += 1
         seen: set[str] = set()
-        if self._peek() == ord("}"):
-            self._at += 1
-        else:
-            while True:
-                key = self._key()
-                if key in seen:
-                    raise self._malformed(f"the member '{key[:100]}' comes twice")
-                seen.add(key)
-                if key == self._array and self._peek() == ord("["):
-                    self._at += 1
-                    self.elements_at = self._before + self._at
-                    for element in self.elements():
-                        yield key, element
-                else:
-                    yield key, self._value(key, None, self._most_member)
-                if self._separator(ord("}"), "} or ,"):
-                    break
+        ended = self._peek() == ord("}")
+        self._at += ended
+        while not ended:
+            key = self._key()
+            if key in seen:
+                raise self._malformed(f"the member '{key[:100]}' comes twice")
+            seen.add(key)
+            if key == self._array and self._peek() == ord("["):
+                self._at += 1
+                self.elements_at = self._before + self._at
+                for element in self.elements():
+                    yield key, element
+            else:
+                yield key, self._value(key, None, self._most_member)
+            ended = self._separator(ord("}"), "} or ,")
         if self._peek() is not None:
             raise self._malformed("there is more after the object")
 
@@ -130,6 +125,13 @@ class Splitter:
             index += 1
             if self._separator(ord("]"), "] or ,"):
                 return
+
+    def _skip_mark(self) -> None:
+        """Pass a byte order mark, which some editors put before UTF-8."""
+        while len(self._buffer) < len(codecs.BOM_UTF8) and self._more():
+            pass
+        if self._buffer.startswith(codecs.BOM_UTF8):
+            self._at = len(codecs.BOM_UTF8)
 
     def _key(self) -> str:
         if self._peek() != _QUOTE:
@@ -160,7 +162,12 @@ class Splitter:
         while True:
             found = pattern.match(self._buffer, self._at)
             end = found.end() if found else self._measured() if nested else None
-            if end is not None and pattern is _SCALAR_RE and end == len(self._buffer) and not self._ended:
+            if (
+                end is not None
+                and pattern is _SCALAR_RE
+                and end == len(self._buffer)
+                and not self._ended
+            ):
                 end = None  # its rest may still come
             if (len(self._buffer) if end is None else end) - self._at > most:
                 raise TooLongError(key, index, most)

@@ -10,16 +10,15 @@ reader holds one chunk of frames (about a megabyte) and simply reads later.
 """
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from app import batches, events
 from app.api import wire
 from app.batches import Batch, Item, Status
-from app.db import CONNECTION_ERRORS, Connection, Database
+from app.db import Connection, Database
 from app.events import Event, Kind
 from app.log import Log
 
@@ -126,86 +125,72 @@ class Hub:
         """End every stream where it stands; clients resume elsewhere by their last event's id."""
         self._closing = True
         self.heard("", None)
+        for followed in self._followed.values():
+            for task in followed.reading.values():
+                task.cancel()
 
     async def follow(self, batch: Batch, *, after: int, view: View) -> AsyncGenerator[bytes]:
         """The frames of a batch's events after a number, until its last one and ``[DONE]``.
 
         While the database is away it keeps pinging and goes on afterwards.
         """
-        clock = asyncio.get_running_loop().time
-        followed = self._followed.setdefault(
-            batch.batch_id,
-            _Followed(
+        followed = self._join(batch)
+        pulse = _Pulse(self._keepalive_s)
+        try:
+            while not self._closing:
+                rung = followed.rung  # taken before reading, so that no ring falls between
+                reading = self._reading(followed, after, view)
+                while not await pulse.ends(reading):
+                    yield PING
+                if reading.cancelled():
+                    return
+                if (error := reading.exception()) is not None:
+                    yield _last_words(batch.batch_id, error)
+                    return
+                chunk = reading.result()
+                if chunk.frames:
+                    yield chunk.frames
+                    pulse.restart()
+                if chunk.ended:
+                    yield DONE
+                    return
+                if chunk.after == after:
+                    resting = asyncio.create_task(rung.wait())
+                    try:
+                        while not await pulse.ends(resting):
+                            yield PING
+                    finally:
+                        resting.cancel()
+                after = chunk.after
+        finally:
+            self._leave(followed)
+
+    def _join(self, batch: Batch) -> _Followed:
+        followed = self._followed.get(batch.batch_id)
+        if followed is None:
+            followed = self._followed[batch.batch_id] = _Followed(
                 workspace_id=batch.workspace_id,
                 environment_id=batch.environment_id,
                 batch_id=batch.batch_id,
-            ),
-        )
+            )
         followed.followers += 1
-        failures = 0
-        ping_at = clock() + self._keepalive_s
-        try:
-            while not self._closing:
-                waiting: set[asyncio.Future[object]] = set()
-                rung = followed.rung  # taken before reading, so that no ring falls between
-                reading = self._reading(followed, after, view)
-                while not reading.done():
-                    await asyncio.wait({reading}, timeout=max(0.0, ping_at - clock()))
-                    if not reading.done():
-                        yield PING
-                        ping_at = clock() + self._keepalive_s
-                try:
-                    chunk = reading.result()
-                except CONNECTION_ERRORS as error:
-                    failures += 1
-                    if failures == 1:
-                        log.warning("stream.waiting", batch=batch.batch_id, error=type(error).__name__)
-                    pause = asyncio.ensure_future(
-                        asyncio.sleep(random.uniform(0.1, min(2.0, 0.2 * 2**failures)))  # noqa: S311 - jitter
-                    )
-                    waiting = {pause}
-                except GoneError:
-                    yield error_frame("This batch no longer exists.", "COMPLETION_BATCH_NOT_FOUND")
-                    yield ERROR
-                    return
-                except Exception as error:  # noqa: BLE001 - told to the client and to the log
-                    log.error("stream.failed", batch=batch.batch_id, error=type(error).__name__)
-                    yield error_frame(
-                        "Something went wrong on our side; follow the batch again from its last id.",
-                        "INTERNAL_SERVER_ERROR",
-                    )
-                    yield ERROR
-                    return
-                else:
-                    failures = 0
-                    if chunk.frames:
-                        yield chunk.frames
-                        ping_at = clock() + self._keepalive_s
-                    if chunk.ended:
-                        yield DONE
-                        return
-                    if chunk.after > after:
-                        after = chunk.after
-                        continue
-                    waiting = {asyncio.ensure_future(rung.wait())}
-                try:
-                    while not (await asyncio.wait(waiting, timeout=max(0.0, ping_at - clock())))[0]:
-                        yield PING
-                        ping_at = clock() + self._keepalive_s
-                finally:
-                    for each in waiting:
-                        each.cancel()
-        finally:
-            followed.followers -= 1
-            if not followed.followers:
-                self._followed.pop(batch.batch_id, None)
+        return followed
+
+    def _leave(self, followed: _Followed) -> None:
+        followed.followers -= 1
+        if not followed.followers:
+            self._followed.pop(followed.batch_id, None)
+            for task in followed.reading.values():
+                task.cancel()
 
     def _reading(self, followed: _Followed, after: int, view: View) -> asyncio.Task[Chunk]:
         """The reading at a number, shared by all who stand there."""
         key = (after, view)
         task = followed.reading.get(key)
         if task is None:
-            task = asyncio.create_task(self._read(followed, after, view))
+            task = asyncio.create_task(
+                self._db.persist(lambda: self._read(followed, after, view), what="stream")
+            )
             followed.reading[key] = task
 
             def done(finished: asyncio.Task[Chunk]) -> None:
@@ -243,6 +228,37 @@ class Hub:
         return Chunk(frames=b"".join(frames), after=some[-1].no, ended=False)
 
 
+class _Pulse:
+    """When a silent stream must show that it lives."""
+
+    def __init__(self, every_s: float) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._every_s = every_s
+        self.restart()
+
+    def restart(self) -> None:
+        self._due_at = self._clock() + self._every_s
+
+    async def ends(self, task: asyncio.Task[Any]) -> bool:
+        """Wait for the task's end; False when a ping is due first. Leaves the task alone."""
+        await asyncio.wait({task}, timeout=max(0.0, self._due_at - self._clock()))
+        if not task.done():
+            self.restart()
+        return task.done()
+
+
+def _last_words(batch_id: UUID, error: BaseException) -> bytes:
+    if isinstance(error, GoneError):
+        frame = error_frame("This batch no longer exists.", "COMPLETION_BATCH_NOT_FOUND")
+    else:
+        log.error("stream.failed", batch=batch_id, error=type(error).__name__)
+        frame = error_frame(
+            "Something went wrong on our side; follow the batch again from its last id.",
+            "INTERNAL_SERVER_ERROR",
+        )
+    return frame + ERROR
+
+
 async def _fresh(conn: Connection, followed: _Followed) -> Batch:
     batch = await batches.get(
         conn,
@@ -274,9 +290,7 @@ async def _payload(
         item = items.get(event.seq)
         if item is None:
             return None
-        return wire.encode(
-            wire.item_body(batch, item, status=_STATUS[event.kind], slim=view.slim)
-        )
+        return wire.encode(wire.item_body(batch, item, status=_STATUS[event.kind], slim=view.slim))
     if event.kind == "batch-created" and not view.slim:
         page, cursor = await first_items(conn, batch)
         return wire.encode(wire.batch_body(batch, items=page, items_next_cursor=cursor))
@@ -300,9 +314,7 @@ async def first_items(
     want = 10  # enough to see how large they are
     while True:
         want = min(want, most - len(page))
-        rows = await batches.items(
-            conn, batch=batch, from_seq=from_seq, status=status, most=want
-        )
+        rows = await batches.items(conn, batch=batch, from_seq=from_seq, status=status, most=want)
         page += [wire.item_body(batch, row) for row in rows]
         size += sum(len(row.request) + len(row.response or "") for row in rows)
         if rows:

@@ -55,14 +55,14 @@ class _Answer(msgspec.Struct, kw_only=True, frozen=True, rename="camel"):
     pass
 
 
-class ItemResponse(_Answer, frozen=True):
+class ItemResponse(_Answer, kw_only=True, frozen=True):
     """The provider's reply: its body as it came, and its x- headers."""
 
     data: Json
     headers: dict[str, str]
 
 
-class ItemBody(_Answer, frozen=True):
+class ItemBody(_Answer, kw_only=True, frozen=True):
     """An item. ``outputTokens`` and ``completionTokens`` are the same number."""
 
     workspace_id: UUID
@@ -74,7 +74,7 @@ class ItemBody(_Answer, frozen=True):
     resource_id: UUID
     status: WireStatus
     request: Json | UnsetType = UNSET
-    response: ItemResponse | None | UnsetType = UNSET
+    response: ItemResponse | UnsetType | None = UNSET
     model: str | None
     estimated_prompt_tokens: int
     prompt_tokens: int
@@ -92,7 +92,7 @@ class ItemBody(_Answer, frozen=True):
     completed_at: str | None
 
 
-class ApiKeyBody(_Answer, frozen=True):
+class ApiKeyBody(_Answer, kw_only=True, frozen=True):
     """An api key; ``apiKeyValue`` is shown once, by its creation."""
 
     api_key_id: UUID
@@ -115,7 +115,7 @@ class ApiKeyBody(_Answer, frozen=True):
     api_key_value: str | UnsetType = UNSET
 
 
-class BatchBody(_Answer, frozen=True):
+class BatchBody(_Answer, kw_only=True, frozen=True):
     """A batch. ``totalOutputTokens`` and ``totalCompletionTokens`` are the same number."""
 
     workspace_id: UUID
@@ -148,20 +148,20 @@ class BatchBody(_Answer, frozen=True):
     completed_at: str | None
     created_by_user_id: UUID | None
     created_by_api_key_id: UUID | None
-    created_by_user: Json | None | UnsetType = UNSET
-    created_by_api_key: ApiKeyBody | None | UnsetType = UNSET
+    created_by_user: Json | UnsetType | None = UNSET
+    created_by_api_key: ApiKeyBody | UnsetType | None = UNSET
     items: list[ItemBody] | UnsetType = UNSET
-    items_next_cursor: str | None | UnsetType = UNSET
+    items_next_cursor: str | UnsetType | None = UNSET
 
 
-class ItemsPage(_Answer, frozen=True):
+class ItemsPage(_Answer, kw_only=True, frozen=True):
     """Items in the order of submission; ``nextCursor`` is null on the last page."""
 
     data: list[ItemBody]
     next_cursor: str | None
 
 
-class BatchesPage(_Answer, frozen=True):
+class BatchesPage(_Answer, kw_only=True, frozen=True):
     """Batches, newest first; ``nextCursor`` is null on the last page."""
 
     data: list[BatchBody]
@@ -181,7 +181,7 @@ def item_body(
     answered = shown == "completed"
     prompt_tokens = (item.input_tokens or 0) if answered else 0
     output_tokens = (item.output_tokens or 0) if answered else 0
-    response: ItemResponse | None | UnsetType = UNSET if slim else None
+    response: ItemResponse | UnsetType | None = UNSET if slim else None
     if answered and not slim and item.response is not None:
         response = ItemResponse(data=verbatim(item.response), headers=item.headers or {})
     failed = shown == "failed"
@@ -223,7 +223,7 @@ def batch_body(
     *,
     items: Sequence[ItemBody] | None = None,
     items_next_cursor: str | None = None,
-    created_by: ApiKeyBody | None | UnsetType = UNSET,
+    created_by: ApiKeyBody | UnsetType | None = UNSET,
 ) -> BatchBody:
     """A batch on the wire; without ``items`` and ``created_by`` those fields are absent."""
     error = None
@@ -288,7 +288,7 @@ def _masked_callback(options: Mapping[str, Any] | None) -> Json | None:
 # Answers: tenants ---------------------------------------------------------------------------------
 
 
-class WhoAmI(_Answer, frozen=True):
+class WhoAmI(_Answer, kw_only=True, frozen=True):
     """What the caller's key opens."""
 
     workspace_id: UUID
@@ -299,7 +299,7 @@ class WhoAmI(_Answer, frozen=True):
     resources: list[str]
 
 
-class ConnectionBody(_Answer, frozen=True):
+class ConnectionBody(_Answer, kw_only=True, frozen=True):
     """An account at a provider. Secrets and header values are masked."""
 
     connection_id: UUID
@@ -318,7 +318,7 @@ class ConnectionBody(_Answer, frozen=True):
     updated_at: str
 
 
-class ResourceModelBody(_Answer, frozen=True):
+class ResourceModelBody(_Answer, kw_only=True, frozen=True):
     """Which model, on which connection."""
 
     provider: str
@@ -326,7 +326,7 @@ class ResourceModelBody(_Answer, frozen=True):
     connection_id: UUID
 
 
-class ResourceBody(_Answer, frozen=True):
+class ResourceBody(_Answer, kw_only=True, frozen=True):
     """A named model that items may ask."""
 
     resource_id: UUID
@@ -430,7 +430,7 @@ def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
-def _storable(value: object) -> object:
+def _check(value: object) -> None:
     """Refuse what Postgres cannot keep in text: NUL, and halves of surrogate pairs."""
     match value:
         case str():
@@ -442,13 +442,17 @@ def _storable(value: object) -> object:
                 raise ValueError("must not contain half of a surrogate pair") from None
         case dict():
             for key, each in cast("dict[object, object]", value).items():
-                _storable(key)
-                _storable(each)
+                _check(key)
+                _check(each)
         case list():
             for each in cast("list[object]", value):
-                _storable(each)
+                _check(each)
         case _:
             pass
+
+
+def _storable(value: object) -> object:
+    _check(value)
     return value
 
 
@@ -465,6 +469,7 @@ class _Sent(BaseModel):
     )
 
 
+Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 
 
@@ -474,7 +479,7 @@ class CapacityEntry(_Sent):
     period: Annotated[Period, BeforeValidator(_lower)]
     requests: Count | None = None
     tokens: Count | None = None
-    enabled: bool | None = None
+    enabled: Flag | None = None
     dimension: object | None = None
 
     @field_validator("dimension")
@@ -619,10 +624,10 @@ class ResourceCreate(_Sent):
     model: ResourceModel
     default_args: Keyed | None = None
     capacity: Capacity | None = None
-    enforce_capacity: bool | None = None
+    enforce_capacity: Flag | None = None
     timeout_ms: Annotated[int, Field(strict=True, ge=100, le=600_000)] | None = None
     assign_api_keys: Annotated[list[UUID], Field(max_length=1000)] | None = None
-    use_fallback: bool | None = None
+    use_fallback: Flag | None = None
     fallback_models: list[Any] | None = None
     secondary_models: list[Any] | None = None
     routing: dict[str, Any] | None = None
@@ -647,10 +652,10 @@ class ApiKeyCreate(_Sent):
 
     name: Name
     description: Text | None = None
-    enabled: bool = True
+    enabled: Flag = True
     resources: Annotated[list[UUID | Literal["*"]], Field(max_length=1000)]
     labels: Annotated[list[Text], Field(max_length=100)] | None = None
-    enforce_capacity: bool = True
+    enforce_capacity: Flag = True
     capacity: Capacity | None = None
     expires_at: datetime | None = None
 

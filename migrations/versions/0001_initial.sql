@@ -39,7 +39,7 @@ create type event_kind as enum (
 comment on type event_kind is 'What happened; the same word is the action of an SSE frame.';
 
 create type taken_item as (
-    batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
+    workspace_id uuid, batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
     resource_id uuid, input_tokens int, output_tokens int, impossible boolean
 );
 comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
@@ -55,7 +55,7 @@ create type given_outcome as (
 comment on type given_outcome is 'Scratch of settle(): one outcome as the worker sends it.';
 
 create type settled_item as (
-    ord int, batch_day date, batch_id uuid, resource_id uuid, seq int, attempt int,
+    ord int, workspace_id uuid, batch_day date, batch_id uuid, resource_id uuid, seq int, attempt int,
     was work_status, becomes work_status, reason ended_reason, visible_at timestamptz,
     failures int, crashes int
 );

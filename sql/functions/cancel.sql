@@ -70,7 +70,7 @@ begin
     order by f.resource_id
     limit 1;
     with due as (
-        select i.seq
+        select i.workspace_id, i.batch_day, i.batch_id, i.seq
         from items i
         where i.workspace_id = p_workspace_id
             and i.batch_day = p_batch_day
@@ -85,9 +85,9 @@ begin
         update items i
         set status = 'cancelled', ended_reason = 'cancelled', ended_at = v_now
         from due d
-        where i.workspace_id = p_workspace_id
-            and i.batch_day = p_batch_day
-            and i.batch_id = p_batch_id
+        where i.workspace_id = d.workspace_id
+            and i.batch_day = d.batch_day
+            and i.batch_id = d.batch_id
             and i.seq = d.seq
         returning i.seq
     )

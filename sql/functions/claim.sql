@@ -53,7 +53,9 @@ language plpgsql volatile
 -- The tables grow from empty to millions while a cached plan lives, and their statistics lag behind: these
 -- make every access to them one index probe per row, and save planning (2 ms per statement). Without them a plan
 -- made for a small table read 2.8 million rows to update 500. Sets in memory are therefore combined by grouping,
--- not by joins, which would be nested loops. The other verbs set the same.
+-- not by joins, which would be nested loops. And a set carries its workspace_id where it is joined with a table:
+-- with the parameter in its place, that alone is an index condition, and the table may become the outer side. The
+-- other verbs do the same; tests/test_plans.py counts what is read.
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
@@ -79,6 +81,8 @@ declare
     v_next timestamptz;
     v_waits_for uuid;
     v_head_tokens bigint;
+    v_endpoints jsonb := '{}';
+    v_endpoint text;
 begin
     -- 1. The mutexes, and nothing but the mutexes.
     select r.connection_id, coalesce(r.timeout_ms, c.timeout_ms) as timeout_ms,
@@ -176,8 +180,8 @@ begin
             limit 64
         ),
         candidates as materialized (
-            select r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.floor,
-                c.seq, c.attempt, c.failures, c.max_attempts, c.place, c.suspect,
+            select p_workspace_id as workspace_id, r.batch_id, r.batch_day, r.priority, r.weight,
+                r.virtual_time, r.floor, c.seq, c.attempt, c.failures, c.max_attempts, c.place, c.suspect,
                 c.input_tokens > coalesce(v_tokens_cap, c.input_tokens) as impossible,
                 c.input_tokens,
                 least(
@@ -258,10 +262,14 @@ begin
         ),
         -- 5. Take them. Whoever is locked (by a cancel's marking) is left for later.
         held as (
-            select i.batch_day, i.batch_id, i.seq, p.impossible, p.input_tokens, p.output_tokens, p.rank
+            select i.workspace_id, i.batch_day, i.batch_id, i.seq, p.impossible, p.input_tokens,
+                p.output_tokens, p.rank
             from fitting p
-            join items i on i.batch_day = p.batch_day and i.batch_id = p.batch_id and i.seq = p.seq
-            where i.workspace_id = p_workspace_id and i.status = 'pending' and i.attempt = p.attempt
+            join items i on i.workspace_id = p.workspace_id
+                and i.batch_day = p.batch_day
+                and i.batch_id = p.batch_id
+                and i.seq = p.seq
+            where i.status = 'pending' and i.attempt = p.attempt
             order by i.batch_day, i.batch_id, i.seq
             for no key update of i skip locked
         ),
@@ -276,7 +284,7 @@ begin
                 reserved_input_tokens = case when h.impossible then 0 else h.input_tokens end,
                 reserved_output_tokens = case when h.impossible then 0 else h.output_tokens end
             from held h
-            where i.workspace_id = p_workspace_id
+            where i.workspace_id = h.workspace_id
                 and i.batch_day = h.batch_day
                 and i.batch_id = h.batch_id
                 and i.seq = h.seq
@@ -298,7 +306,7 @@ begin
             group by batch_id
         )
         select
-            (select array_agg(row(batch_day, batch_id, seq, attempt, failures, max_attempts,
+            (select array_agg(row(p_workspace_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
                 p_resource_id, reserved_input_tokens, reserved_output_tokens, impossible)::taken_item
                 order by rank) from updated) as taken,
             (select jsonb_object_agg(batch_id, floor) from floors) as floors,
@@ -376,6 +384,10 @@ begin
                     perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
                         'batch-running', null, v_now);
                 end if;
+                select b.endpoint into v_endpoint
+                from batches b
+                where b.workspace_id = p_workspace_id and b.batch_id = v_batch.batch_id;
+                v_endpoints := v_endpoints || jsonb_build_object(v_batch.batch_id, v_endpoint);
                 perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id, 'item-running',
                     v_batch.seqs, v_now);
             end loop;
@@ -408,11 +420,11 @@ begin
 
     return query
     select t.batch_day, t.batch_id, t.seq, t.attempt, t.failures, t.max_attempts, t.input_tokens,
-        t.output_tokens, t.impossible, b.endpoint, q.body::text, v_now, v_limit_ids, false, false,
+        t.output_tokens, t.impossible,
+        v_endpoints ->> t.batch_id::text, q.body::text, v_now, v_limit_ids, false, false,
         null::timestamptz, null::uuid, v_resource.config_at
     from unnest(v_taken) t
-    join batches b on b.workspace_id = p_workspace_id and b.batch_id = t.batch_id
-    join item_requests q on q.workspace_id = p_workspace_id
+    join item_requests q on q.workspace_id = t.workspace_id
         and q.batch_day = t.batch_day
         and q.batch_id = t.batch_id
         and q.seq = t.seq;

@@ -28,16 +28,18 @@ declare
     v_changed settled_item[];
 begin
     with given as materialized (
-        select * from unnest(p_seqs, p_attempts, p_alone) as g (seq, attempt, alone)
+        select p_workspace_id as workspace_id, p_batch_day as batch_day, p_batch_id as batch_id, g.*
+        from unnest(p_seqs, p_attempts, p_alone) as g (seq, attempt, alone)
     ),
     held as materialized (
         select i.*, g.alone
         from items i
-        join given g on g.seq = i.seq and g.attempt = i.attempt
-        where i.workspace_id = p_workspace_id
-            and i.batch_day = p_batch_day
-            and i.batch_id = p_batch_id
-            and i.status = 'running'
+        join given g on g.workspace_id = i.workspace_id
+            and g.batch_day = i.batch_day
+            and g.batch_id = i.batch_id
+            and g.seq = i.seq
+            and g.attempt = i.attempt
+        where i.status = 'running'
         order by i.seq
         for no key update of i skip locked
     ),
@@ -64,7 +66,7 @@ begin
             and i.batch_id = h.batch_id
             and i.seq = h.seq
     )
-    select array_agg(row(null::int, h.batch_day, h.batch_id, h.resource_id, h.seq, h.attempt, h.status,
+    select array_agg(row(null::int, h.workspace_id, h.batch_day, h.batch_id, h.resource_id, h.seq, h.attempt, h.status,
         case when h.crashes_alone + h.alone::int >= p_max_crashes then 'failed' else 'pending' end,
         case when h.crashes_alone + h.alone::int >= p_max_crashes then 'crashed' end,
         case when h.crashes_alone + h.alone::int < p_max_crashes then v_now + p_wait end,

@@ -23,7 +23,7 @@ begin
         return 0;
     end if;
     with due as (
-        select i.seq
+        select i.workspace_id, i.batch_day, i.batch_id, i.seq
         from items i
         where i.workspace_id = p_workspace_id
             and i.batch_day = v_day
@@ -37,9 +37,9 @@ begin
     gone as (
         delete from item_results r
         using due d
-        where r.workspace_id = p_workspace_id
-            and r.batch_day = v_day
-            and r.batch_id = p_batch_id
+        where r.workspace_id = d.workspace_id
+            and r.batch_day = d.batch_day
+            and r.batch_id = d.batch_id
             and r.seq = d.seq
     ),
     back as (
@@ -47,9 +47,9 @@ begin
         set status = 'pending', ended_reason = null, ended_at = null, failures = 0, crashes = 0,
             crashes_alone = 0, visible_at = v_now
         from due d
-        where i.workspace_id = p_workspace_id
-            and i.batch_day = v_day
-            and i.batch_id = p_batch_id
+        where i.workspace_id = d.workspace_id
+            and i.batch_day = d.batch_day
+            and i.batch_id = d.batch_id
             and i.seq = d.seq
         returning i.seq
     )

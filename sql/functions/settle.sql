@@ -41,7 +41,8 @@ begin
 
     -- 1. Lock, then look: the items of these outcomes, and which of them may change how.
     with given as materialized (
-        select g.ord, g.batch_day, g.batch_id, g.seq, g.attempt, g.outcome, g.wait_s
+        select p_workspace_id as workspace_id, g.ord, g.batch_day, g.batch_id, g.seq, g.attempt,
+            g.outcome, g.wait_s
         from unnest(v_given) g
     ),
     held as materialized (
@@ -49,8 +50,10 @@ begin
             i.attempt, i.failures, i.crashes, i.max_attempts,
             i.status = 'running' and i.attempt = g.attempt as current
         from given g
-        join items i on i.batch_day = g.batch_day and i.batch_id = g.batch_id and i.seq = g.seq
-        where i.workspace_id = p_workspace_id
+        join items i on i.workspace_id = g.workspace_id
+            and i.batch_day = g.batch_day
+            and i.batch_id = g.batch_id
+            and i.seq = g.seq
         order by i.batch_day, i.batch_id, i.seq
         for no key update of i skip locked
     ),
@@ -74,7 +77,7 @@ begin
         from held h
     )
     select (
-            select array_agg(row(ord, batch_day, batch_id, resource_id, seq, attempt, status, becomes,
+            select array_agg(row(ord, p_workspace_id, batch_day, batch_id, resource_id, seq, attempt, status, becomes,
                 case
                     when becomes = 'completed' then 'answered'
                     when becomes = 'failed' and outcome = 'unreachable' then 'exhausted'
@@ -106,7 +109,7 @@ begin
 
     -- 2. Attempts, each once; what they give back to the ledger.
     with given as materialized (
-        select g.* from unnest(v_given) g where g.ord <> all (v_unsettled)
+        select p_workspace_id as tenant, g.* from unnest(v_given) g where g.ord <> all (v_unsettled)
     ),
     called as (
         insert into attempts as a (
@@ -151,7 +154,7 @@ begin
         from given g
         where g.outcome = 'unsent'
             and v_becomes[g.ord] is null
-            and a.workspace_id = p_workspace_id
+            and a.workspace_id = g.tenant
             and a.batch_day = g.batch_day
             and a.batch_id = g.batch_id
             and a.seq = g.seq
@@ -273,7 +276,7 @@ as $$
         reserved_input_tokens = null,
         reserved_output_tokens = null
     from unnest(p_changed) c
-    where i.workspace_id = p_workspace_id
+    where i.workspace_id = c.workspace_id
         and i.batch_day = c.batch_day
         and i.batch_id = c.batch_id
         and i.seq = c.seq

@@ -132,6 +132,13 @@ set is_paused = false,
 from held h
 where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
 
+-- name: batches_resources
+-- The resources that each of some batches uses.
+select batch_id, array_agg(resource_id order by resource_id) as resource_ids
+from flows
+where workspace_id = %(workspace_id)s and batch_id = any (%(batch_ids)s::uuid[])
+group by batch_id;
+
 -- name: run_batches
 -- The batches of one run of the command line, generation by generation, in the order of their rows.
 select batch_id, batch_day, status::text as status, total_items, (metadata ->> 'generation')::int as generation,

@@ -56,6 +56,15 @@ select workspace_id, api_key_id, environment_id, name, resources, masked_key
 from api_keys
 where hash = %(hash)s and enabled and (expires_at is null or expires_at > clock());
 
+-- name: api_key_get
+-- One key as people see it.
+select workspace_id, api_key_id, environment_id, name, description, masked_key, enabled, resources, labels,
+    enforce_capacity, capacity, expires_at, last_used_at, created_at, updated_at
+from api_keys
+where workspace_id = %(workspace_id)s
+    and environment_id = %(environment_id)s
+    and api_key_id = %(api_key_id)s;
+
 -- name: api_key_used
 -- Note that a key was used, at most once a minute.
 update api_keys

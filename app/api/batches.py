@@ -1,0 +1,461 @@
+"""``/v1/completion-batch``: create, read, list, cancel, follow."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Final, cast
+from uuid import UUID
+
+from litestar import Response, Router, get, post
+from litestar.di import Provide
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import (
+    Example,
+    OpenAPIMediaType,
+    Operation,
+    RequestBody,
+    Schema,
+)
+from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
+from litestar.params import Parameter
+from litestar.response import Stream
+
+from app import batches, queue, tenants
+from app.api import ingest, streams, wire
+from app.api.auth import Caller, authenticate, batch_for, tenant_caller
+from app.api.context import Context, Given
+from app.api.errors import AnyRequest, ErrorBody
+from app.api.streams import View
+from app.batches import Batch, Status
+from app.db import CONNECTION_ERRORS, Connection
+from app.doorbell import EVENTS
+from app.errors import ConflictError, NotFoundError, Problem, ValidationError
+from app.ids import item_seq
+from app.log import Log
+from app.tenants import ApiKey
+
+log = Log("api")
+
+_SSE_HEADERS: Final = {
+    "cache-control": "no-cache",
+    "connection": "keep-alive",
+    "x-accel-buffering": "no",
+}
+
+_BOOLEANS: Final = {"true": True, "false": False}
+
+# Query parameters come as text and are read by ourselves: a framework's idea of a boolean takes
+# garbage for one, and the reference's takes it for false.
+Switch = Annotated[str | None, Parameter(description="true or false", required=False)]
+ItemsStatus = Annotated[
+    str | None, Parameter(description="only items in this state", required=False)
+]
+Cursor = Annotated[
+    str | None, Parameter(description="nextCursor of the page before", required=False)
+]
+
+
+def switch(value: str | None, name: str, *, default: bool) -> bool:
+    """A boolean of the query, in any letter case."""
+    if value is None:
+        return default
+    known = _BOOLEANS.get(value.lower())
+    if known is None:
+        raise ValidationError([Problem(path=name, message="must be true or false")])
+    return known
+
+
+def number(value: str | None, name: str, *, default: int, least: int, most: int) -> int:
+    """A whole number of the query."""
+    if value is None:
+        return default
+    digits = value.isascii() and value.isdecimal() and len(value) <= 18  # noqa: PLR2004 - fits bigint
+    if not digits or not least <= int(value) <= most:
+        raise ValidationError(
+            [Problem(path=name, message=f"must be a whole number from {least} to {most}")]
+        )
+    return int(value)
+
+
+def status_of(value: str | None, name: str) -> Status | None:
+    """A state of the query, in any letter case."""
+    if value is None:
+        return None
+    if value.lower() not in ("pending", "running", "completed", "failed", "cancelled"):
+        raise ValidationError(
+            [
+                Problem(
+                    path=name,
+                    message="must be PENDING, RUNNING, COMPLETED, FAILED or CANCELLED",
+                )
+            ]
+        )
+    return cast("Status", value.lower())
+
+
+def _seq(value: str | None, name: str) -> int:
+    return number(value, name, default=0, least=0, most=batches.MOST_ITEMS)
+
+
+_CREATE_EXAMPLE: Final[dict[str, object]] = {
+    "type": "ASYNC",
+    "name": "nightly summaries",
+    "metadata": {"team": "search"},
+    "priority": 0,
+    "items": [
+        {
+            "resourceId": "0199d3f2-7c1e-7a52-b6a1-3f4f0c3a9d11",
+            "customId": "doc-1",
+            "request": {
+                "messages": [{"role": "user", "content": "Summarize this document: ..."}],
+                "max_tokens": 200,
+            },
+        },
+        {
+            "resource": "gpt-4o-mini",
+            "request": {"messages": [{"role": "user", "content": "Extract key points from: ..."}]},
+        },
+    ],
+}
+
+
+def _object(required: Sequence[str], **properties: Schema) -> Schema:
+    return Schema(type=OpenAPIType.OBJECT, required=list(required), properties=dict(properties))
+
+
+@dataclass
+class CreateOperation(Operation):
+    """Documents the body, which is streamed and therefore no parameter of its handler."""
+
+    def __post_init__(self) -> None:
+        text = Schema(type=OpenAPIType.STRING)
+        item = _object(
+            ["request"],
+            resourceId=Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.UUID),
+            resource=Schema(
+                type=OpenAPIType.STRING, description="name of the resource, instead of its id"
+            ),
+            request=Schema(
+                type=OpenAPIType.OBJECT, description="parameters of OpenAI's chat completions"
+            ),
+            customId=text,
+            maxAttempts=Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=100),
+        )
+        body = _object(
+            ["type", "items"],
+            type=Schema(type=OpenAPIType.STRING, enum=["SYNC", "ASYNC"]),
+            items=Schema(type=OpenAPIType.ARRAY, items=item, min_items=1),
+            name=text,
+            metadata=Schema(type=OpenAPIType.OBJECT),
+            priority=Schema(type=OpenAPIType.INTEGER, minimum=-100, maximum=100),
+            maxAttempts=Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=100),
+            idempotencyKey=text,
+        )
+        self.request_body = RequestBody(
+            required=True,
+            content={
+                "application/json": OpenAPIMediaType(
+                    schema=body,
+                    examples={
+                        "async": Example(summary="Poll for it", value=_CREATE_EXAMPLE),
+                        "sync": Example(
+                            summary="Stream it", value=_CREATE_EXAMPLE | {"type": "SYNC"}
+                        ),
+                    },
+                )
+            },
+        )
+
+
+@post(
+    "/{workspace_id:str}/{environment_id:str}",
+    summary="Create a batch",
+    description="ASYNC answers 201 with the batch; SYNC answers 200 with its stream of events.",
+    status_code=201,
+    operation_class=CreateOperation,
+    request_max_body_size=None,  # checked while it is spooled, with a sentence that helps
+    responses={
+        200: ResponseSpec(str, description="SYNC: events", media_type="text/event-stream"),
+        201: ResponseSpec(wire.BatchBody, description="ASYNC: the batch"),
+        400: ResponseSpec(ErrorBody, description="Something is wrong with the request"),
+        409: ResponseSpec(ErrorBody, description="The idempotency key was used otherwise"),
+        413: ResponseSpec(ErrorBody, description="The request is too large"),
+    },
+)
+async def create(
+    *,
+    request: AnyRequest,
+    context: Given,
+    caller: Caller,
+    slim: Switch = None,
+    strict: Switch = None,
+) -> Response[bytes] | Stream:
+    view = _view(slim, strict)
+    created = await ingest.create_batch(context, request, caller)
+    base = context.settings.base_path.rstrip("/")
+    at = f"{base}/v1/completion-batch/{caller.workspace_id}/{caller.environment_id}"
+    headers = {"location": f"{at}/{created.batch_id}"}
+    if created.replayed:
+        headers["idempotent-replayed"] = "true"
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, created.batch_id)
+        if created.type == "sync":
+            return _stream(context, batch, after=0, view=view, headers=headers)
+        page, cursor = await streams.first_items(conn, batch)
+    body = await asyncio.to_thread(
+        wire.encode, wire.batch_body(batch, items=page, items_next_cursor=cursor)
+    )
+    return Response(body, media_type="application/json", headers=headers, status_code=201)
+
+
+@get(
+    "/{workspace_id:str}/{environment_id:str}",
+    summary="List batches",
+    description="Newest first, without their items.",
+    responses={200: ResponseSpec(wire.BatchesPage, description="A page of batches")},
+)
+async def list_batches(
+    *,
+    context: Given,
+    caller: Caller,
+    status: Annotated[str | None, Parameter(description="only batches in this state")] = None,
+    limit: Annotated[str | None, Parameter(description="1 to 1000; default 100")] = None,
+    cursor: Cursor = None,
+) -> Response[bytes]:
+    most = number(limit, "limit", default=100, least=1, most=1000)
+    before = None
+    if cursor is not None:
+        try:
+            before = UUID(cursor)
+        except ValueError:
+            raise ValidationError(
+                [Problem(path="cursor", message="must be a nextCursor of this list")]
+            ) from None
+    async with context.db.connection() as conn:
+        rows = await batches.page(
+            conn,
+            workspace_id=caller.workspace_id,
+            environment_id=caller.environment_id,
+            before=before,
+            status=status_of(status, "status"),
+            most=most,
+        )
+        seen = await _visible(conn, caller, rows)
+    page = wire.BatchesPage(
+        data=[wire.batch_body(row) for row in seen],
+        next_cursor=str(rows[-1].batch_id) if len(rows) == most else None,
+    )
+    return Response(wire.encode(page), media_type="application/json")
+
+
+@get(
+    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}",
+    summary="Read a batch",
+    description="With at most the first 1,000 items (fewer when they are large) and a cursor.",
+    responses={200: ResponseSpec(wire.BatchBody, description="The batch")},
+)
+async def read(
+    *,
+    context: Given,
+    caller: Caller,
+    batch_id: UUID,
+    includes_items: Annotated[Switch, Parameter(query="includesItems")] = None,
+    includes_users: Annotated[Switch, Parameter(query="includesUsers")] = None,
+    items_limit: Annotated[str | None, Parameter(query="itemsLimit")] = None,
+    items_cursor: Annotated[Cursor, Parameter(query="itemsCursor")] = None,
+    items_status: Annotated[ItemsStatus, Parameter(query="itemsStatus")] = None,
+) -> Response[bytes]:
+    with_items = switch(includes_items, "includesItems", default=True)
+    with_users = switch(includes_users, "includesUsers", default=True)
+    most = number(items_limit, "itemsLimit", default=1000, least=1, most=1000)
+    from_seq = _seq(items_cursor, "itemsCursor")
+    status = status_of(items_status, "itemsStatus")
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+        page: list[wire.ItemBody] | None = None
+        after: str | None = None
+        if with_items:
+            page, after = await streams.first_items(
+                conn, batch, from_seq=from_seq, status=status, most=most
+            )
+        creator: wire.ApiKeyBody | None = None
+        if with_users and batch.created_by_api_key_id is not None:
+            key = await tenants.api_key_entity(
+                conn,
+                workspace_id=caller.workspace_id,
+                environment_id=caller.environment_id,
+                api_key_id=batch.created_by_api_key_id,
+            )
+            creator = wire.api_key_body(key) if key else None
+    body = wire.batch_body(
+        batch,
+        items=page,
+        items_next_cursor=after,
+        created_by=creator if with_users else wire.UNSET,
+    )
+    encoded = await asyncio.to_thread(wire.encode, body) if page else wire.encode(body)
+    return Response(encoded, media_type="application/json")
+
+
+@get(
+    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/items",
+    summary="List a batch's items",
+    description="In the order of submission. A page of large items may hold fewer than its limit.",
+    responses={200: ResponseSpec(wire.ItemsPage, description="A page of items")},
+)
+async def list_items(
+    *,
+    context: Given,
+    caller: Caller,
+    batch_id: UUID,
+    limit: Annotated[str | None, Parameter(description="1 to 1000; default 100")] = None,
+    cursor: Cursor = None,
+    status: ItemsStatus = None,
+) -> Response[bytes]:
+    most = number(limit, "limit", default=100, least=1, most=1000)
+    from_seq = _seq(cursor, "cursor")
+    wanted = status_of(status, "status")
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+        page, after = await streams.first_items(
+            conn, batch, from_seq=from_seq, status=wanted, most=most
+        )
+    body = await asyncio.to_thread(wire.encode, wire.ItemsPage(data=page, next_cursor=after))
+    return Response(body, media_type="application/json")
+
+
+@get(
+    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/{item_id:str}",
+    summary="Read an item",
+    responses={200: ResponseSpec(wire.ItemBody, description="The item")},
+)
+async def read_item(
+    *, context: Given, caller: Caller, batch_id: UUID, item_id: UUID
+) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+        seq = item_seq(batch_id, item_id)
+        found = [] if seq is None else await batches.items_numbered(conn, batch=batch, seqs=[seq])
+    if not found:
+        raise NotFoundError(
+            f"Completion Batch Item {item_id} not found", code="COMPLETION_BATCH_ITEM_NOT_FOUND"
+        )
+    return Response(wire.encode(wire.item_body(batch, found[0])), media_type="application/json")
+
+
+@post(
+    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/cancel",
+    summary="Cancel a batch",
+    description="Nothing of it is sent any more; calls in flight are let finish and kept.",
+    status_code=200,
+    responses={
+        200: ResponseSpec(wire.BatchBody, description="The batch, cancelled"),
+        409: ResponseSpec(ErrorBody, description="It had already ended"),
+    },
+)
+async def cancel(context: Given, caller: Caller, batch_id: UUID) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        await batch_for(conn, caller, batch_id)
+    async with context.db.transaction() as conn:
+        status = await queue.cancel(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+    if status not in (None, "cancelled"):
+        raise ConflictError(
+            f"Completion Batch {batch_id} has already ended: {status.upper()}",
+            code="BATCH_ALREADY_ENDED",
+            details={"status": status.upper()},
+        )
+    context.ringer.ring(EVENTS, [batch_id])
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+    if not batch.is_finished:
+        context.spawn(_mark(context, batch))
+    return Response(wire.encode(wire.batch_body(batch)), media_type="application/json")
+
+
+@get(
+    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/events",
+    summary="Follow a batch",
+    description="Server-sent events from the beginning, or after Last-Event-ID or ?after=.",
+    responses={
+        200: ResponseSpec(str, description="Events", media_type="text/event-stream"),
+    },
+)
+async def follow(
+    *,
+    request: AnyRequest,
+    context: Given,
+    caller: Caller,
+    batch_id: UUID,
+    after: Annotated[
+        str | None, Parameter(description="number of the last event that was seen")
+    ] = None,
+    slim: Switch = None,
+    strict: Switch = None,
+) -> Stream:
+    view = _view(slim, strict)
+    # A browser reconnects with the address it began with, so the header is the newer one.
+    last = request.headers.get("last-event-id") or None
+    name = "after" if last is None else "Last-Event-ID"
+    position = number(after if last is None else last, name, default=0, least=0, most=2**53)
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+    return _stream(context, batch, after=position, view=view)
+
+
+def _view(slim: str | None, strict: str | None) -> View:
+    return View(
+        slim=switch(slim, "slim", default=False), strict=switch(strict, "strict", default=False)
+    )
+
+
+def _stream(
+    context: Context,
+    batch: Batch,
+    *,
+    after: int,
+    view: View,
+    headers: dict[str, str] | None = None,
+) -> Stream:
+    return Stream(
+        context.hub.follow(batch, after=after, view=view),
+        media_type="text/event-stream",
+        status_code=200,
+        headers=_SSE_HEADERS | (headers or {}),
+    )
+
+
+async def _visible(conn: Connection, key: ApiKey, rows: Sequence[Batch]) -> list[Batch]:
+    """Those batches whose resources are all within the key's allowlist."""
+    if "*" in key.resources or not rows:
+        return list(rows)
+    used = await batches.resource_ids_of(
+        conn, workspace_id=key.workspace_id, batch_ids=[row.batch_id for row in rows]
+    )
+    return [row for row in rows if all(key.may_use(r) for r in used.get(row.batch_id, ()))]
+
+
+async def _mark(context: Context, batch: Batch) -> None:
+    """Let rows and events of a cancelled batch follow; what is left over is maintenance's."""
+    try:
+        while True:
+            async with context.db.transaction() as conn:
+                marked = await queue.cancel_chunk(
+                    conn,
+                    workspace_id=batch.workspace_id,
+                    batch_day=batch.batch_day,
+                    batch_id=batch.batch_id,
+                )
+            if not marked:
+                return
+            context.ringer.ring(EVENTS, [batch.batch_id])
+    except CONNECTION_ERRORS as error:
+        log.warning("batch.marking_left", batch=batch.batch_id, error=type(error).__name__)
+
+
+router = Router(
+    "/v1/completion-batch",
+    route_handlers=[create, list_batches, read, list_items, read_item, cancel, follow],
+    guards=[authenticate],
+    dependencies={"caller": Provide(tenant_caller)},
+    tags=["Completion batches"],
+)
