@@ -12,6 +12,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import psycopg
+
 from app import batches, capacity, events, queue, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount
@@ -351,11 +353,11 @@ class Scene:
     async def age(self, seconds: int) -> None:
         """Make all that was claimed so many seconds older, as if that time had passed."""
         for change in (
-            "update ledger set slot_at = slot_at - %s * interval '1 second'",
-            "update items set claimed_at = claimed_at - %s * interval '1 second'",
-            "update attempts set claimed_at = claimed_at - %s * interval '1 second'",
+            "update ledger set slot_at = slot_at - %s * interval '1 second' where workspace_id = %s",
+            "update items set claimed_at = claimed_at - %s * interval '1 second' where workspace_id = %s",
+            "update attempts set claimed_at = claimed_at - %s * interval '1 second' where workspace_id = %s",
         ):
-            await self.do(change, seconds)
+            await self.do(change, seconds, self.workspace_id)
 
     async def items(self, batch: Batch) -> list[batches.Item]:
         """All items of a batch, as the API reads them."""
@@ -389,6 +391,15 @@ class Scene:
         async with self.db.connection() as conn:
             await conn.execute(statement.encode(), params)
 
+    @asynccontextmanager
+    async def session(self) -> AsyncGenerator[Connection]:
+        """A connection whose transaction the test commits itself; else it is rolled back."""
+        conn = await psycopg.AsyncConnection.connect(self.db.url)
+        try:
+            yield conn
+        finally:
+            await conn.close()
+
     async def rows(self, query: str, *params: object) -> list[tuple[Any, ...]]:
         """Whatever a test wants to see."""
         async with self.db.connection() as conn:
@@ -399,9 +410,10 @@ class Scene:
 
     async def check_books(self) -> None:
         """Counters equal a recount of the items; the ledger equals the recount of design §9."""
-        assert await self.rows(RECOUNT_FLOWS) == []
-        assert await self.rows(RECOUNT_LEDGER) == []
-        assert await self.rows(RECOUNT_EVENTS) == []
+        assert await self.rows(RECOUNT_FLOWS, self.workspace_id) == []
+        assert await self.rows(RECOUNT_LEDGER, self.workspace_id) == []
+        assert await self.rows(RECOUNT_EVENTS, self.workspace_id, self.workspace_id) == []
+        assert await self.rows(RECOUNT_ATTEMPTS, self.workspace_id) == []
 
 
 #: Flows whose counters differ from what their items say.
@@ -420,21 +432,22 @@ RECOUNT_FLOWS = """
         where i.workspace_id = f.workspace_id and i.batch_id = f.batch_id
             and i.resource_id = f.resource_id
     ) r
-    where (f.total, f.running, f.completed, f.failed) <> (r.total, r.running, r.completed, r.failed)
+    where f.workspace_id = %s and ((f.total, f.running, f.completed, f.failed) <> (r.total, r.running, r.completed, r.failed)
         or case when f.is_cancelled
             then (f.cancelled, f.unmarked) <> (r.cancelled + r.pending, r.pending)
-            else (f.pending, f.unstarted, f.cancelled) <> (r.pending, r.unstarted, r.cancelled) end
+            else (f.pending, f.unstarted, f.cancelled) <> (r.pending, r.unstarted, r.cancelled) end)
 """
 
 #: Ledger slots that differ from: the reservation where an attempt is in flight, else its charge.
 RECOUNT_LEDGER = """
-    with charged as (
+    with tenant as (select %s::uuid as workspace_id),
+    charged as (
         select workspace_id, limit_id, claimed_at, charged_requests as requests,
             charged_input_tokens as input_tokens, charged_output_tokens as output_tokens
-        from attempts cross join unnest(reserved_limits) as limit_id
+        from attempts join tenant using (workspace_id) cross join unnest(reserved_limits) as limit_id
         union all
         select workspace_id, limit_id, claimed_at, 1, reserved_input_tokens, reserved_output_tokens
-        from items cross join unnest(reserved_limits) as limit_id
+        from items join tenant using (workspace_id) cross join unnest(reserved_limits) as limit_id
         where status = 'running'
     ),
     recount as (
@@ -445,7 +458,7 @@ RECOUNT_LEDGER = """
         group by 1, 2, 3
     )
     select g.*, r.*
-    from ledger g
+    from (select g.* from ledger g join tenant using (workspace_id)) g
     full join recount r using (workspace_id, limit_id, slot_at)
     where (coalesce(g.requests, 0), coalesce(g.input_tokens, 0), coalesce(g.output_tokens, 0))
         <> (coalesce(r.requests, 0), coalesce(r.input_tokens, 0), coalesce(r.output_tokens, 0))
@@ -456,16 +469,26 @@ RECOUNT_EVENTS = """
     select batch_id, first_no, 'gap' from (
         select batch_id, first_no, lag(last_no, 1, 0::bigint) over (partition by batch_id order by last_no)
             as before
-        from events
+        from events where workspace_id = %s
     ) e
     where first_no <> before + 1
     union all
     select i.batch_id, i.seq, 'final events' from items i
-    where i.status in ('completed', 'cancelled') and 1 <> (
+    where i.workspace_id = %s and i.status in ('completed', 'cancelled') and 1 <> (
         select count(*) from events e
-        where e.batch_id = i.batch_id and i.seq = any (e.seqs)
+        where e.workspace_id = i.workspace_id and e.batch_id = i.batch_id and i.seq = any (e.seqs)
             and e.kind::text = 'item-' || i.status::text
     )
+"""
+
+#: Items whose attempts are numbered otherwise than 1, 2, …, the present one (unsent ones have no row).
+RECOUNT_ATTEMPTS = """
+    select i.batch_id, i.seq, i.attempt, a.attempt
+    from items i
+    join attempts a on a.workspace_id = i.workspace_id and a.batch_day = i.batch_day
+        and a.batch_id = i.batch_id and a.seq = i.seq
+    where i.workspace_id = %s
+        and (a.attempt > i.attempt or a.attempt = i.attempt and i.status = 'running')
 """
 
 

@@ -7,12 +7,13 @@ refused a path that names another one in words that do not tell whether it exist
 
 import asyncio
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID
 
 from litestar.connection import ASGIConnection
+from litestar.di import NamedDependency
 from litestar.handlers import BaseRouteHandler
-from litestar.params import Dependency
+from litestar.params import SkipValidation
 
 from app import batches, tenants
 from app.api.context import Context
@@ -25,7 +26,7 @@ from app.tenants import ApiKey
 _BEARER = "bearer "
 _NOTED_S = 60.0
 
-Caller = Annotated[ApiKey, Dependency(skip_validation=True)]
+Caller = NamedDependency[SkipValidation[ApiKey]]
 
 
 async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Final, cast
 from uuid import UUID
 
@@ -35,6 +36,9 @@ from app.log import Log
 from app.tenants import ApiKey
 
 log = Log("api")
+
+#: Documentation of an answer; made-up examples would be noise.
+Answer = partial(ResponseSpec, generate_examples=False)
 
 _SSE_HEADERS: Final = {
     "cache-control": "no-cache",
@@ -175,11 +179,11 @@ class CreateOperation(Operation):
     operation_class=CreateOperation,
     request_max_body_size=None,  # checked while it is spooled, with a sentence that helps
     responses={
-        200: ResponseSpec(str, description="SYNC: events", media_type="text/event-stream"),
-        201: ResponseSpec(wire.BatchBody, description="ASYNC: the batch"),
-        400: ResponseSpec(ErrorBody, description="Something is wrong with the request"),
-        409: ResponseSpec(ErrorBody, description="The idempotency key was used otherwise"),
-        413: ResponseSpec(ErrorBody, description="The request is too large"),
+        200: Answer(str, description="SYNC: events", media_type="text/event-stream"),
+        201: Answer(wire.BatchBody, description="ASYNC: the batch"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+        409: Answer(ErrorBody, description="The idempotency key was used otherwise"),
+        413: Answer(ErrorBody, description="The request is too large"),
     },
 )
 async def create(
@@ -212,7 +216,7 @@ async def create(
     "/{workspace_id:str}/{environment_id:str}",
     summary="List batches",
     description="Newest first, without their items.",
-    responses={200: ResponseSpec(wire.BatchesPage, description="A page of batches")},
+    responses={200: Answer(wire.BatchesPage, description="A page of batches")},
 )
 async def list_batches(
     *,
@@ -252,7 +256,7 @@ async def list_batches(
     "/{workspace_id:str}/{environment_id:str}/{batch_id:str}",
     summary="Read a batch",
     description="With at most the first 1,000 items (fewer when they are large) and a cursor.",
-    responses={200: ResponseSpec(wire.BatchBody, description="The batch")},
+    responses={200: Answer(wire.BatchBody, description="The batch")},
 )
 async def read(
     *,
@@ -301,7 +305,7 @@ async def read(
     "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/items",
     summary="List a batch's items",
     description="In the order of submission. A page of large items may hold fewer than its limit.",
-    responses={200: ResponseSpec(wire.ItemsPage, description="A page of items")},
+    responses={200: Answer(wire.ItemsPage, description="A page of items")},
 )
 async def list_items(
     *,
@@ -327,7 +331,7 @@ async def list_items(
 @get(
     "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/{item_id:str}",
     summary="Read an item",
-    responses={200: ResponseSpec(wire.ItemBody, description="The item")},
+    responses={200: Answer(wire.ItemBody, description="The item")},
 )
 async def read_item(
     *, context: Given, caller: Caller, batch_id: UUID, item_id: UUID
@@ -349,8 +353,8 @@ async def read_item(
     description="Nothing of it is sent any more; calls in flight are let finish and kept.",
     status_code=200,
     responses={
-        200: ResponseSpec(wire.BatchBody, description="The batch, cancelled"),
-        409: ResponseSpec(ErrorBody, description="It had already ended"),
+        200: Answer(wire.BatchBody, description="The batch, cancelled"),
+        409: Answer(ErrorBody, description="It had already ended"),
     },
 )
 async def cancel(context: Given, caller: Caller, batch_id: UUID) -> Response[bytes]:
@@ -377,7 +381,7 @@ async def cancel(context: Given, caller: Caller, batch_id: UUID) -> Response[byt
     summary="Follow a batch",
     description="Server-sent events from the beginning, or after Last-Event-ID or ?after=.",
     responses={
-        200: ResponseSpec(str, description="Events", media_type="text/event-stream"),
+        200: Answer(str, description="Events", media_type="text/event-stream"),
     },
 )
 async def follow(

@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID
 
-from litestar.params import Dependency
+from litestar.di import NamedDependency
+from litestar.params import SkipValidation
 
 from app.api.streams import Hub
 from app.db import Database
@@ -39,4 +40,4 @@ class Context:
         task.add_done_callback(self.chores.discard)
 
 
-Given = Annotated[Context, Dependency(skip_validation=True)]
+Given = NamedDependency[SkipValidation[Context]]

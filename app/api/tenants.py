@@ -5,6 +5,7 @@ Only a key for all resources may create or see these: a confined one must not wi
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Final
 from uuid import UUID
 
@@ -30,6 +31,9 @@ from app.api.errors import ErrorBody
 from app.db import Connection
 from app.errors import NotFoundError, Problem, RequestError, ValidationError
 from app.tenants import ApiKey, ApiKeyEntity, ProviderConnection, Resource
+
+#: Documentation of an answer; made-up examples would be noise.
+Answer = partial(ResponseSpec, generate_examples=False)
 
 _MOST_BODY: Final = 1024 * 1024
 _COMPATIBLE: Final = "openai-compatible"
@@ -67,8 +71,8 @@ _CONNECTION_EXAMPLE: Final = Example(
     summary="Create a connection",
     status_code=201,
     responses={
-        201: ResponseSpec(wire.ConnectionBody, description="The connection, secrets masked"),
-        400: ResponseSpec(ErrorBody, description="Something is wrong with the request"),
+        201: Answer(wire.ConnectionBody, description="The connection, secrets masked"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
     },
 )
 async def create_connection(
@@ -102,7 +106,7 @@ async def create_connection(
 @get(
     "/ai-connection/{workspace_id:str}/{environment_id:str}/{connection_id:str}",
     summary="Read a connection",
-    responses={200: ResponseSpec(wire.ConnectionBody, description="The connection")},
+    responses={200: Answer(wire.ConnectionBody, description="The connection")},
 )
 async def read_connection(context: Given, caller: Caller, connection_id: UUID) -> Response[bytes]:
     require_everything(caller, "read connections")
@@ -169,8 +173,8 @@ _RESOURCE_EXAMPLE: Final = Example(
     summary="Create a resource",
     status_code=201,
     responses={
-        201: ResponseSpec(wire.ResourceBody, description="The resource"),
-        400: ResponseSpec(ErrorBody, description="Something is wrong with the request"),
+        201: Answer(wire.ResourceBody, description="The resource"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
     },
 )
 async def create_resource(
@@ -234,7 +238,7 @@ async def create_resource(
 @get(
     "/ai-resource/{workspace_id:str}/{environment_id:str}/{resource_id:str}",
     summary="Read a resource",
-    responses={200: ResponseSpec(wire.ResourceBody, description="The resource")},
+    responses={200: Answer(wire.ResourceBody, description="The resource")},
 )
 async def read_resource(context: Given, caller: Caller, resource_id: UUID) -> Response[bytes]:
     async with context.db.connection() as conn:
@@ -275,8 +279,8 @@ _KEY_EXAMPLE: Final = Example(
     description="The key itself is shown in this answer only (apiKeyValue).",
     status_code=201,
     responses={
-        201: ResponseSpec(wire.ApiKeyBody, description="The key, with its value"),
-        400: ResponseSpec(ErrorBody, description="Something is wrong with the request"),
+        201: Answer(wire.ApiKeyBody, description="The key, with its value"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
     },
 )
 async def create_api_key(
@@ -310,7 +314,7 @@ async def create_api_key(
 @get(
     "/api-key/{workspace_id:str}/{environment_id:str}/{api_key_id:str}",
     summary="Read an API key",
-    responses={200: ResponseSpec(wire.ApiKeyBody, description="The key, masked")},
+    responses={200: Answer(wire.ApiKeyBody, description="The key, masked")},
 )
 async def read_api_key(context: Given, caller: Caller, api_key_id: UUID) -> Response[bytes]:
     if api_key_id != caller.api_key_id:
@@ -339,7 +343,7 @@ async def _api_key(conn: Connection, key: ApiKey, api_key_id: UUID) -> ApiKeyEnt
     "/whoami",
     summary="What the key opens",
     dependencies={"caller": Provide(caller)},
-    responses={200: ResponseSpec(wire.WhoAmI, description="The caller")},
+    responses={200: Answer(wire.WhoAmI, description="The caller")},
 )
 async def whoami(caller: Caller) -> Response[bytes]:
     return _answer(wire.who_am_i(caller))

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import re
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from app.cli.progress import Progress, Snapshot, duration
 from app.cli.store import Store
 from app.db import CONNECTION_ERRORS, Connection, Database
 from app.doorbell import WORK, Ringer
-from app.errors import InputError, SecretError, SluiceError
+from app.errors import InputError, SecretError
 from app.inputs import Input, Row, digest
 from app.maintenance import Maintenance
 from app.supervision import Supervisor
@@ -101,8 +101,16 @@ class _Interrupt:
             self.worker.force.set()
 
 
-async def run_locally(store: Store, job: Job) -> int:
-    """Do the job; the exit code: 0 all answered, 1 some failed, 130 interrupted."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a run ended. ``exit_code``: 0 all answered, 1 some failed, 130 interrupted."""
+
+    exit_code: int
+    tally: Tally | None = None
+
+
+async def run_locally(store: Store, job: Job) -> Ended:
+    """Do the job and tell the person."""
     before = _Unchanged(job)
     run = await asyncio.to_thread(before.digest)
     async with store.database("sluice-run") as db:
@@ -118,12 +126,12 @@ async def run_locally(store: Store, job: Job) -> int:
                     if interrupt.exit_code is None:
                         raise
                     view.say("Stopped before anything was sent.")
-                    return interrupt.exit_code
+                    return Ended(exit_code=interrupt.exit_code)
         tally = await running.write(before)
     _summarize(job, tally, seconds=view.seconds, sent=sent, ended=running.last)
     if interrupt.exit_code is not None and tally.unanswered:
-        return interrupt.exit_code
-    return 0 if tally.answered == tally.rows else 1
+        return Ended(exit_code=interrupt.exit_code, tally=tally)
+    return Ended(exit_code=0 if tally.answered == tally.rows else 1, tally=tally)
 
 
 class _Unchanged:
@@ -158,6 +166,8 @@ class _Unchanged:
 class _Run:
     """One run on one database."""
 
+    _tenant: _Tenant
+
     def __init__(self, store: Store, db: Database, job: Job, *, run: str, view: Progress) -> None:
         self._store = store
         self._settings = store.settings
@@ -166,6 +176,7 @@ class _Run:
         self._run = run
         self._view = view
         self._known: list[RunBatch] = []
+        self._paused = False
         self.last: Snapshot | None = None
 
     # Preparing ----------------------------------------------------------------------------------
@@ -305,8 +316,6 @@ class _Run:
             )
             if not added:
                 break
-        if limit is None and self._known and covered == 0:
-            raise SluiceError(f"{self._job.input.path} has no rows; there is nothing to run")
 
     def _batch(self, generation: int, first_row: int) -> NewBatch:
         return NewBatch(
@@ -593,6 +602,3 @@ def _shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-Samples = Callable[[Tally], None]

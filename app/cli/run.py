@@ -171,7 +171,7 @@ def run(  # noqa: PLR0917 - click passes by name
         timeout_s=timeout,
     )
     with open_store(known, migrating=True) as store:
-        raise SystemExit(run_async(run_locally(store, job)))
+        raise SystemExit(run_async(run_locally(store, job)).exit_code)
 
 
 def usable_url(url: str, flag: str) -> str:

@@ -1,0 +1,298 @@
+"""A Sluice server as the command line sees it, over HTTP."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Final, Literal, Self, TypeVar
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import httpx
+import msgspec
+
+from app.cli.progress import Progress, Snapshot
+from app.cli.store import bootstrap_key_file, read_bootstrap_key
+from app.errors import SluiceError, UsageError
+from app.settings import Settings
+
+#: A server may need minutes to take in a hundred megabytes.
+_TIMEOUT: Final = httpx.Timeout(60, connect=10, read=900)
+_LOOK_S: Final = 1.0
+#: A server that restarts is waited for so long.
+_PATIENCE_S: Final = 60.0
+_PAGE: Final = 1000
+_UNAUTHENTICATED: Final = 401
+
+Decoded = TypeVar("Decoded")
+
+Status = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
+
+
+class WhoAmI(msgspec.Struct, rename="camel"):
+    """What the key opens."""
+
+    workspace_id: UUID
+    environment_id: UUID
+
+
+class Batch(msgspec.Struct, rename="camel"):
+    """A batch, without its items."""
+
+    batch_id: UUID
+    status: Status
+    name: str | None
+    total_items: int
+    pending: int
+    running: int
+    completed: int
+    failed: int
+    cancelled: int
+    total_prompt_tokens: int
+    total_output_tokens: int
+    created_at: str
+    completed_at: str | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing of it is open any more."""
+        return self.pending + self.running == 0
+
+    def snapshot(self) -> Snapshot:
+        """Its progress."""
+        return Snapshot(
+            total=self.total_items,
+            answered=self.completed,
+            failed=self.failed,
+            cancelled=self.cancelled,
+            in_flight=self.running,
+            input_tokens=self.total_prompt_tokens,
+            output_tokens=self.total_output_tokens,
+        )
+
+
+class Reply(msgspec.Struct, rename="camel"):
+    """What the provider said, to the letter."""
+
+    data: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class Details(msgspec.Struct, rename="camel"):
+    """More about a failure."""
+
+    status_code: int | None = None
+
+
+class Item(msgspec.Struct, rename="camel"):
+    """An item and its answer."""
+
+    index: int
+    custom_id: str | None
+    status: Status
+    response: Reply | None
+    error_code: str | None
+    error_message: str | None
+    error_details: Details | None
+
+
+class _Made(msgspec.Struct, rename="camel"):
+    batch_id: UUID | None = None
+    connection_id: UUID | None = None
+
+
+class _Items(msgspec.Struct, rename="camel"):
+    data: list[Item]
+    next_cursor: str | None
+
+
+class _Batches(msgspec.Struct, rename="camel"):
+    data: list[Batch]
+    next_cursor: str | None
+
+
+class _Refusal(msgspec.Struct, rename="camel"):
+    error_message: str = ""
+    error_code: str = ""
+
+
+class RefusedError(SluiceError):
+    """The server refused; ``code`` is its ``errorCode``."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Server:
+    """A server and the environment that the key opens. Close it, or ``with`` it."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url = url.rstrip("/")
+        headers = {"authorization": f"Bearer {key}"}
+        # No proxies: a server on this machine must not be asked for through one.
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=_TIMEOUT, trust_env=False
+        )
+        self._place: WhoAmI | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, url: str | None, key: str | None) -> "Server":
+        """The server of the flags; absent, the one that `sluice up` runs on this machine."""
+        value = key or read_bootstrap_key(settings)
+        if value is None:
+            raise UsageError(
+                "Which key? Give the server's with --key; that of a `sluice up` on this machine"
+                f" would be in {bootstrap_key_file(settings)}."
+            )
+        if not value.isascii() or not value.isprintable():
+            raise UsageError("--key has characters that no API key has.")
+        address = url or f"http://{settings.host}:{settings.port}{settings.base_path}"
+        if urlsplit(address).scheme not in ("http", "https"):
+            raise UsageError(
+                f"--server '{address}' is not a URL; write it like http://127.0.0.1:8080"
+            )
+        return cls(address, value)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del kind, error, trace
+        self._http.close()
+
+    # What can be asked ----------------------------------------------------------------------------
+
+    def ensure_resource(
+        self, name: str, *, base_url: str, model: str, key: str | None, capacity: list[object]
+    ) -> bool:
+        """Make a connection and a resource of this name; False when they are there already."""
+        place = self._tenant()
+        connection: dict[str, object] = {"name": name, "baseUrl": base_url}
+        if key is not None:
+            connection["apiKey"] = key
+        try:
+            made = self._post(f"/v1/ai-connection/{place}", connection, _Made)
+            resource: dict[str, object] = {
+                "name": name,
+                "model": {"model": model, "connectionId": str(made.connection_id)},
+                "capacity": capacity,
+            }
+            self._post(f"/v1/ai-resource/{place}", resource, _Made)
+        except RefusedError as error:
+            if error.code.endswith("_ALREADY_EXISTS"):
+                return False
+            raise
+        return True
+
+    def create_batch(self, body: Iterator[bytes], *, idempotency_key: str) -> UUID:
+        """Send a batch in chunks; the same key and body give the same batch."""
+        headers = {"content-type": "application/json", "idempotency-key": idempotency_key}
+        path = f"/v1/completion-batch/{self._tenant()}"
+        made = self._ask("POST", path, _Made, content=body, headers=headers)
+        if made.batch_id is None:
+            raise SluiceError(f"The server at {self.url} made no batch; is it Sluice?")
+        return made.batch_id
+
+    def batch(self, batch_id: UUID) -> Batch:
+        """A batch as it is now."""
+        path = f"/v1/completion-batch/{self._tenant()}/{batch_id}"
+        return self._ask(
+            "GET", path, Batch, params={"includesItems": "false", "includesUsers": "false"}
+        )
+
+    def batches(self, *, most: int) -> list[Batch]:
+        """The newest batches."""
+        path = f"/v1/completion-batch/{self._tenant()}"
+        return self._ask("GET", path, _Batches, params={"limit": str(most)}).data
+
+    def cancel(self, batch_id: UUID) -> Batch:
+        """Cancel a batch."""
+        return self._post(f"/v1/completion-batch/{self._tenant()}/{batch_id}/cancel", None, Batch)
+
+    def items(self, batch_id: UUID) -> Iterator[Item]:
+        """Every item in order."""
+        path = f"/v1/completion-batch/{self._tenant()}/{batch_id}/items"
+        cursor: str | None = None
+        while True:
+            params = {"limit": str(_PAGE)} | ({"cursor": cursor} if cursor is not None else {})
+            page = self._ask("GET", path, _Items, params=params)
+            yield from page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def watch(self, batch_id: UUID, view: Progress, *, clock: Callable[[], float]) -> Batch:
+        """Show a batch's progress until it is finished; a server that restarts is waited for."""
+        silent_since: float | None = None
+        while True:
+            try:
+                batch = self.batch(batch_id)
+            except _SilentError:
+                silent_since = clock() if silent_since is None else silent_since
+                if clock() - silent_since > _PATIENCE_S:
+                    raise
+            else:
+                silent_since = None
+                view.show(batch.snapshot())
+                if batch.is_finished:
+                    return batch
+            time.sleep(_LOOK_S)
+
+    # How it is asked ------------------------------------------------------------------------------
+
+    def _tenant(self) -> str:
+        if self._place is None:
+            self._place = self._ask("GET", "/v1/whoami", WhoAmI)
+        return f"{self._place.workspace_id}/{self._place.environment_id}"
+
+    def _post(self, path: str, body: object, into: type[Decoded]) -> Decoded:
+        content = b"" if body is None else msgspec.json.encode(body)
+        headers = {"content-type": "application/json"}
+        return self._ask("POST", path, into, content=content, headers=headers)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        into: type[Decoded],
+        *,
+        content: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> Decoded:
+        try:
+            reply = self._http.request(
+                method, path, content=content, headers=headers, params=params
+            )
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise _SilentError(
+                f"The server at {self.url} does not answer ({reason}). Start it with `sluice up`,"
+                " or name another with --server."
+            ) from error
+        except httpx.InvalidURL:
+            raise UsageError(f"--server '{self.url}' is not a URL.") from None
+        if not reply.is_success:
+            raise self._refused(reply)
+        try:
+            return msgspec.json.decode(reply.content, type=into)
+        except msgspec.DecodeError:
+            raise SluiceError(f"What answers at {self.url} is not Sluice.") from None
+
+    def _refused(self, reply: httpx.Response) -> SluiceError:
+        if reply.status_code == _UNAUTHENTICATED:
+            return SluiceError(f"The server at {self.url} does not know this key; see --key.")
+        try:
+            told = msgspec.json.decode(reply.content, type=_Refusal)
+        except msgspec.DecodeError:
+            told = _Refusal()
+        said = told.error_message or f"HTTP status {reply.status_code}"
+        return RefusedError(f"The server at {self.url} refused: {said}", code=told.error_code)
+
+
+class _SilentError(SluiceError):
+    """The server cannot be reached, which may pass."""

@@ -1,0 +1,284 @@
+"""Chaos: workers and Postgres are killed with SIGKILL while a rate-limited batch runs.
+
+Method. A Postgres (embedded, fsync on), a simulator that enforces a sliding limit, and N worker
+processes (``sluice worker``), all on this machine. A batch of questions (``--file`` with a column
+``text``, else generated ones, each different) runs under the same limit. Every few seconds one worker,
+chosen at random, gets SIGKILL and is started again; once, the postmaster gets SIGKILL and whichever
+process notices first starts it again. The simulator is the judge of calls, the database of records.
+
+It reports, and fails unless: every row answered and recorded once; no call over the limit; no body
+called again beyond what was in flight at a kill (attempts marked lost); counters equal a recount;
+the ledger equals the recount of its attempts; no deadlock.
+
+    python -m bench.chaos --quick
+    python -m bench.chaos --file questions.csv --rpm 1000
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from app import batches, doctor, embedded, migrate, settings, tenants
+from app.batches import Ingest, NewBatch, NewItem
+from app.capacity import Amount
+from app.db import CONNECTION_ERRORS, Database
+from app.inputs import json_body
+from app.secrets import Keyring, load_or_create_key_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--file", type=Path, help="CSV with a column text")
+    parser.add_argument("--items", type=int, default=3000, help="generated questions, without --file")
+    parser.add_argument("--rpm", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, default=200)
+    parser.add_argument("--latency-ms", type=float, default=400)
+    parser.add_argument("--kill-every", type=float, default=4.0, help="seconds between kills")
+    parser.add_argument("--no-kills", action="store_true", help="the same run left in peace")
+    parser.add_argument("--postgres-kill-at", type=float, default=45.0, help="seconds; 0: never")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="600 items at 600 per minute")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.items, options.rpm, options.postgres_kill_at = 600, 600, 10.0
+    with tempfile.TemporaryDirectory(prefix="sluice-chaos-") as home:
+        failed = asyncio.run(Chaos(options, Path(home)).run())
+    sys.exit(1 if failed else 0)
+
+
+class Chaos:
+    """One run; ``processes`` are those it started and stops by their ids."""
+
+    def __init__(self, options: argparse.Namespace, home: Path) -> None:
+        self.options = options
+        self.home = home
+        self.random = random.Random(options.seed)  # noqa: S311 - reproducible mischief
+        self.environment = {
+            **os.environ,
+            "SLUICE_HOME": str(home),
+            "SLUICE_CONCURRENCY": str(options.concurrency),
+            "SLUICE_LOG_LEVEL": "warning",
+        }
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.kills = 0
+
+    async def run(self) -> bool:
+        texts = self.texts()
+        server = embedded.acquire(self.home)
+        migrate.migrate(server.url)
+        simulator, provider = self.start_simulator()
+        try:
+            async with Database(server.url, size=3, revive=server.ensure_running) as db:
+                scope, batch = await self.submit(db, texts, provider)
+                self.workers = [self.start_worker() for _ in range(self.options.workers)]
+                took_s = await self.watch(db, scope, batch, server)
+                report = json.loads(urlopen(f"{provider}/report", timeout=10).read())  # noqa: S310 - ours
+                for worker in self.workers:
+                    worker.terminate()
+                for worker in self.workers:
+                    worker.wait(60)
+                return await self.judge(db, scope, batch, report, len(texts), took_s, server)
+        finally:
+            for process in (*self.workers, simulator):
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            server.release()
+
+    def texts(self) -> list[str]:
+        if self.options.file is None:
+            return [f"Question {n}: where is my card?" for n in range(self.options.items)]
+        with self.options.file.open(newline="", encoding="utf-8") as file:
+            return [row["text"] for row in csv.DictReader(file)]
+
+    def start_simulator(self) -> tuple[subprocess.Popen[bytes], str]:
+        options = self.options
+        command = [sys.executable, "-m", "app.cli", "simulate", "--port", "0", "--seed", "1"]
+        command += ["--rpm", str(options.rpm), "--latency-ms", str(options.latency_ms)]
+        process = subprocess.Popen(  # noqa: S603 - our own program
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert process.stdout is not None
+        for line in iter(process.stdout.readline, b""):
+            for word in line.decode().split():
+                if word.startswith("http://"):
+                    return process, word.rstrip(".,/").removesuffix("/v1")
+        raise RuntimeError("the simulator did not start")
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603 - our own program
+            [sys.executable, "-m", "app.cli", "worker"], env=self.environment
+        )
+
+    async def submit(
+        self, db: Database, texts: list[str], provider: str
+    ) -> tuple[tenants.Environment, NewBatch]:
+        keyring = Keyring(load_or_create_key_file(self.home / "secret-key"))
+        async with db.transaction() as conn:
+            scope = await tenants.create_workspace(conn, name="chaos", environment="chaos")
+            ids: dict[str, Any] = {
+                "workspace_id": scope.workspace_id,
+                "environment_id": scope.environment_id,
+            }
+            connection_id = await tenants.create_connection(
+                conn,
+                keyring=keyring,
+                name="simulator",
+                provider="openai-compatible",
+                base_url=f"{provider}/v1",
+                secret=None,
+                timeout_ms=30_000,
+                **ids,
+            )
+            resource_id = await tenants.create_resource(
+                conn,
+                connection_id=connection_id,
+                name="simulated",
+                model="simulated",
+                amounts=[Amount(period="minute", requests=self.options.rpm, tokens=None)],
+                **ids,
+            )
+            resource = await tenants.resource(conn, resource_id=resource_id, **ids)
+        assert resource is not None
+        batch = NewBatch(type="async", **ids)
+        async with db.connection() as conn:
+            await batches.prepare_day(conn, batch)
+        async with db.transaction() as conn:
+            ingest = Ingest(conn, batch, {resource_id: resource})
+            for start in range(0, len(texts), 2000):
+                await ingest.add(
+                    [
+                        NewItem(
+                            resource_id=resource_id,
+                            body=json_body({"messages": [{"role": "user", "content": text}]}),
+                        )
+                        for text in texts[start : start + 2000]
+                    ]
+                )
+            await ingest.finish()
+        return scope, batch
+
+    async def watch(
+        self,
+        db: Database,
+        scope: tenants.Environment,
+        batch: NewBatch,
+        server: embedded.Embedded,
+    ) -> float:
+        """Kill and restart until the batch has ended; how long it took."""
+        begun = time.monotonic()
+        next_kill = begun + self.options.kill_every
+        postgres_due = self.options.postgres_kill_at
+        deadline = begun + 1200
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.25)
+            now = time.monotonic()
+            if not self.options.no_kills and now >= next_kill:
+                next_kill = now + self.options.kill_every * self.random.uniform(0.7, 1.3)
+                victim = self.random.randrange(len(self.workers))
+                self.workers[victim].kill()
+                self.workers[victim].wait()
+                self.workers[victim] = self.start_worker()
+                self.kills += 1
+            if not self.options.no_kills and postgres_due and now - begun > postgres_due:
+                postgres_due = 0
+                pid = int((server.data_dir / "postmaster.pid").read_text().split()[0])
+                os.kill(pid, signal.SIGKILL)
+            try:
+                async with db.connection() as conn:
+                    found = await batches.get(
+                        conn,
+                        workspace_id=scope.workspace_id,
+                        environment_id=scope.environment_id,
+                        batch_id=batch.batch_id,
+                    )
+            except CONNECTION_ERRORS:
+                continue
+            assert found is not None
+            if int(now - begun) % 15 == 0 and (now - begun) % 1 < 0.3:  # noqa: PLR2004 - now and then
+                print(
+                    f"{now - begun:6.1f} s  done {found.ended}/{found.total_items}  "
+                    f"running {found.running}  kills {self.kills}",
+                    flush=True,
+                )
+            if found.is_finished:
+                return now - begun
+        raise RuntimeError("the batch did not end within 20 minutes")
+
+    async def judge(
+        self,
+        db: Database,
+        scope: tenants.Environment,
+        batch: NewBatch,
+        report: dict[str, Any],
+        items: int,
+        took_s: float,
+        server: embedded.Embedded,
+    ) -> bool:
+        async with db.connection() as conn:
+            row = await (
+                await conn.execute(
+                    """
+                    select (select count(*) from items where status = 'completed'),
+                        (select count(*) from item_results),
+                        (select count(*) from attempts where outcome = 'answered'),
+                        (select count(*) from attempts where outcome = 'lost'),
+                        (select sum(deadlocks) from pg_stat_database)
+                    """
+                )
+            ).fetchone()
+        assert row is not None
+        completed, results, answered, lost, deadlocks = (int(n or 0) for n in row)
+        findings = await doctor.examine(settings.load({"home": self.home}))
+        log = server.log_file.read_text(errors="replace")
+        seconds: list[int] = report["accepted_per_second"]
+        first = next((n for n, calls in enumerate(seconds) if calls), 0)
+        share = sum(seconds[first + 60 : first + 180]) / (2 * self.options.rpm)
+        figures = {
+            "items": items,
+            "took_s": round(took_s, 1),
+            "worker_kills": self.kills,
+            "completed": completed,
+            "results": results,
+            "answers_recorded": answered,
+            "attempts_lost": lost,
+            "calls_accepted": report["accepted"],
+            "calls_over_limit": report["over_limit"],
+            "calls_refused": report["refused"],
+            "peak_calls_60s": report["peak_calls_60s"],
+            "bodies_called_twice": report["called_twice"],
+            "bodies_answered_twice": report["answered_twice"],
+            "share_of_limit_s60_180": round(share, 4),
+            "deadlocks": deadlocks + log.count("deadlock detected"),
+            "doctor": [finding.message for finding in findings if not finding.is_good],
+        }
+        for name, value in figures.items():
+            print(f"{name:26} {value}")
+        if self.options.json:
+            self.options.json.write_text(json.dumps(figures, indent=2))
+        distinct = completed == results == items
+        return not (
+            distinct
+            and report["over_limit"] == 0
+            and report["refused"] == 0
+            and report["called_twice"] <= lost
+            and figures["deadlocks"] == 0
+            and not figures["doctor"]
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""The real API over loopback HTTP, on a database of the test's own; the test plays the worker."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from litestar import Litestar
+
+from app import api, queue, tenants
+from app.api import application
+from app.api.context import Context
+from app.api.streams import Hub
+from app.db import Database
+from app.ids import uuid7
+from app.queue import Item, Outcome, Settlement
+from app.secrets import Keyring
+from app.settings import Settings
+from app.tenants import Environment
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """A served API, a tenant with a connection and a resource, and a client with its key."""
+
+    url: str
+    db: Database
+    settings: Settings
+    keyring: Keyring
+    environment: Environment
+    connection_id: UUID
+    resource_id: UUID
+    key: str
+    key_id: UUID
+    http: httpx.AsyncClient
+    context: Context
+    worker_id: UUID = field(default_factory=uuid7)
+
+    @property
+    def batches(self) -> str:
+        return f"/v1/completion-batch/{self.tenant}"
+
+    @property
+    def tenant(self) -> str:
+        return f"{self.environment.workspace_id}/{self.environment.environment_id}"
+
+    @property
+    def hub(self) -> Hub:
+        return self.context.hub
+
+    def item(self, text: str = "hello", **more: object) -> Json:
+        request = {"messages": [{"role": "user", "content": text}]}
+        return {"resourceId": str(self.resource_id), "request": request, **more}
+
+    async def create(self, *texts: str, **more: object) -> Json:
+        """An ASYNC batch with these prompts."""
+        body = {"type": "ASYNC", "items": [self.item(t) for t in texts or ("hello",)], **more}
+        answer = await self.http.post(self.batches, json=body)
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    async def get(self, path: str, **params: str) -> Json:
+        answer = await self.http.get(path, params=params)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    # The worker, step by step ---------------------------------------------------------------------
+
+    async def claim(self, want: int = 100) -> list[Item]:
+        async with self.db.transaction() as conn:
+            taken = await queue.claim(
+                conn,
+                workspace_id=self.environment.workspace_id,
+                resource_id=self.resource_id,
+                worker_id=self.worker_id,
+                want=want,
+                alone=True,
+                guard_s=1.0,
+                grace_s=60.0,
+            )
+        return taken.items
+
+    async def settle(
+        self,
+        items: Sequence[Item],
+        outcome: Outcome = Outcome.answered,
+        *,
+        body: str = '{"id":"chatcmpl-1","choices":[{"message":{"content":"ok"}}]}',
+        error: str | None = None,
+    ) -> None:
+        settlements = [
+            Settlement(
+                batch_day=item.batch_day,
+                batch_id=item.batch_id,
+                resource_id=item.resource_id,
+                connection_id=self.connection_id,
+                seq=item.seq,
+                attempt=item.attempt,
+                outcome=outcome,
+                claimed_at=item.claimed_at,
+                limit_ids=item.limit_ids,
+                reserved_input_tokens=item.input_tokens,
+                reserved_output_tokens=item.output_tokens,
+                refund=False,
+                latency_ms=5,
+                wait_s=0.0 if outcome is Outcome.unreachable else None,
+                status_code=200 if outcome is Outcome.answered else 400,
+                error_code=error,
+                error_message=None if error is None else "the provider said no",
+                model="gpt-test" if outcome is Outcome.answered else None,
+                input_tokens=7 if outcome is Outcome.answered else None,
+                output_tokens=3 if outcome is Outcome.answered else None,
+                headers={"x-request-id": "req_1"},
+            )
+            for item in items
+        ]
+        bodies = [body if outcome is Outcome.answered else None] * len(items)
+        async with self.db.transaction() as conn:
+            settled = await queue.settle(
+                conn,
+                workspace_id=self.environment.workspace_id,
+                worker_id=self.worker_id,
+                settlements=settlements,
+                bodies=bodies,
+            )
+        assert all(s.settled for s in settled)
+
+    async def fail(self, items: Sequence[Item]) -> None:
+        await self.settle(items, Outcome.rejected, error="bad_request")
+
+    async def retry(self, items: Sequence[Item]) -> None:
+        await self.settle(items, Outcome.unreachable, error="server_error")
+
+    async def work(self) -> None:
+        """Answer everything there is."""
+        while items := await self.claim():
+            await self.settle(items)
+
+    # Streams --------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def follow(
+        self, batch: Mapping[str, Any], *, headers: Mapping[str, str] | None = None, **params: str
+    ) -> AsyncGenerator["Reader"]:
+        path = f"{self.batches}/{batch['batchId']}/events"
+        async with self.http.stream("GET", path, params=params, headers=headers) as answer:
+            assert answer.status_code == 200
+            yield Reader(answer)
+
+
+class Reader:
+    """Reads a stream of events block by block."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        self.answer = answer
+        self._blocks = self._split()
+
+    async def _split(self) -> AsyncIterator[str]:
+        text = b""
+        async for piece in self.answer.aiter_raw():
+            text += piece
+            while b"\n\n" in text:
+                block, text = text.split(b"\n\n", 1)
+                yield block.decode()
+        assert not text
+
+    async def block(self) -> str | None:
+        """The next block as it came; None at the end of the stream."""
+        async with asyncio.timeout(20):
+            return await anext(self._blocks, None)
+
+    async def event(self) -> tuple[int, str, Json] | None:
+        """The next event: number, action, payload. None at ``[DONE]``."""
+        while (block := await self.block()) is not None:
+            if block == ": ping":
+                continue
+            if block == "data: [DONE]":
+                return None
+            first, second = block.split("\n")
+            told = json.loads(second.removeprefix("data: "))
+            assert set(told) == {"action", "payload"}
+            return int(first.removeprefix("id: ")), told["action"], told["payload"]
+        raise AssertionError("the stream ended without a terminator")
+
+    async def rest(self) -> list[tuple[int, str, Json]]:
+        """Every event up to ``[DONE]``, after which the stream must end."""
+        told: list[tuple[int, str, Json]] = []
+        while (event := await self.event()) is not None:
+            told.append(event)
+        assert await self.block() is None
+        return told
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Overridden by tests that need others."""
+    return Settings(port=0)
+
+
+@asynccontextmanager
+async def served(
+    settings: Settings, db: Database, keyring: Keyring, apps: list[Litestar]
+) -> AsyncGenerator[str]:
+    """``serve`` in this loop; its app is put into ``apps``."""
+    made = application.create_app
+
+    def remembered(*args: Any, **more: Any) -> Any:  # noqa: ANN401 - passes through
+        apps.append(made(*args, **more))
+        return apps[-1]
+
+    stop = asyncio.Event()
+    url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    application.create_app = remembered
+    try:
+        serving = asyncio.create_task(
+            api.serve(
+                settings, db, keyring=keyring, listen_url=db.url, stop=stop, ready=url.set_result
+            )
+        )
+        await asyncio.wait({serving, url}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        application.create_app = made
+    try:
+        yield url.result() if url.done() else await asyncio.wait_for(url, 1)
+    finally:
+        stop.set()
+        await serving
+
+
+@pytest.fixture
+async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
+    """The API with a tenant in it."""
+    keyring = Keyring(Keyring.generate())
+    async with db.transaction() as conn:
+        environment = await tenants.create_workspace(conn, name="acme", environment="test")
+        ids = {
+            "workspace_id": environment.workspace_id,
+            "environment_id": environment.environment_id,
+        }
+        connection_id = await tenants.create_connection(
+            conn,
+            **ids,
+            keyring=keyring,
+            name="fake",
+            provider="openai-compatible",
+            base_url="http://127.0.0.1:9/v1",
+            secret="sk-secret",
+            timeout_ms=1000,
+        )
+        resource_id = await tenants.create_resource(
+            conn, **ids, connection_id=connection_id, name="small", model="gpt-test"
+        )
+        key_id, key = await tenants.create_api_key(conn, **ids, name="all")
+    apps: list[Litestar] = []
+    async with (
+        served(settings, db, keyring, apps) as url,
+        httpx.AsyncClient(
+            base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60, trust_env=False
+        ) as http,
+    ):
+        yield Service(
+            url=url,
+            db=db,
+            settings=settings,
+            keyring=keyring,
+            environment=environment,
+            connection_id=connection_id,
+            resource_id=resource_id,
+            key=key,
+            key_id=key_id,
+            http=http,
+            context=apps[0].state.context,
+        )
