@@ -7,7 +7,7 @@ Rejected      final: the same request would be refused again, or its answer was 
 Throttled     no failure of the item: the provider wants fewer calls, and says until when
 Unreachable   worth a retry; ``sent`` is False only where the request certainly never left
 
-How an outcome is chosen (`_classify`, `_failed` and `Provider.call` implement these lines, in this
+How an outcome is chosen (`_verdict`, `_failed` and `Provider.call` implement these lines, in this
 order; ``n/a`` means that no status came):
 
 status          what came                                   outcome      code
@@ -34,26 +34,17 @@ any             not HTTP, or an encoding we did not ask for Unreachable  garbage
 other 5xx       otherwise                                   Unreachable  server_error
 other 4xx       otherwise                                   Rejected     see `_REFUSALS`
 
-Why no HTTP library: this call decides how many items a worker answers per core, and asyncio with
-httptools (the parser of Node.js, which uvicorn brings anyway) needs half the CPU of pyreqwest and a
-sixth of aiohttp's (`bench.http_clients`). pyreqwest, next in speed, keeps the connection of a
-cancelled call until its timeout and cannot tell "refused" from "cut" by type.
-What the transport leaves out on purpose: proxies, redirects, cookies, HTTP/2 and automatic
-repetition, because a repeated call may be paid twice; only the queue repeats.
+The transport is `app.http1`; why it is ours stands in docs/decisions.md, 19.
 """
 
 import asyncio
-import contextlib
 import functools
 import json
 import logging
 import math
 import re
-import socket
-import ssl
 import time
 import zlib
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import mktime_tz, parsedate_tz
@@ -63,22 +54,18 @@ from types import TracebackType
 from typing import Annotated, Literal, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import quote, urlsplit
 
-import httptools
 import msgspec
 
-CONNECT_S = 10.0
-"""The longest wait for TCP and TLS together; part of ``timeout_s``, not added to it."""
+from app.http1 import (
+    MOST_HEADER_CHARS,
+    Connection,
+    Connections,
+    FaultError,
+    Origin,
+    Reply,
+    too_large,
+)
 
-IDLE_S = 4.0
-"""Idle connections are not reused after this: uvicorn, and so vLLM, closes them after 5 s, and a
-request that meets the closing door counts as sent."""
-
-NAME_S = 60.0
-"""How long a resolved name is used for new connections."""
-
-MOST_NAMES = 1000
-MOST_HEAD_BYTES = 256 * 1024
-MOST_HEADER_CHARS = 1024
 MOST_QUOTED_CHARS = 500
 MOST_RETRY_AFTER_S = 86_400.0
 QUOTA_RETRY_AFTER_S = 60.0
@@ -207,7 +194,7 @@ class Provider:
     ) -> None:
         self._max_response_bytes = max_response_bytes
         self._slots = asyncio.Semaphore(max_connections)
-        self._connections = _Connections(most=max_connections)
+        self._connections = Connections(most=max_connections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -227,7 +214,7 @@ class Provider:
     async def call(self, call: Call) -> Outcome:
         """Make one call. Raises nothing but CancelledError."""
         begun = time.perf_counter()
-        connection: _Connection | None = None
+        connection: Connection | None = None
         sent = False
         try:
             target = _target(call.base_url, call.endpoint)
@@ -241,15 +228,15 @@ class Provider:
                 self._connections.give_back(connection)
             reply = _decoded(reply, most_bytes=self._max_response_bytes)
             return _classify(call, reply, latency_ms=_ms_since(begun))
-        except _FaultError as fault:
+        except FaultError as fault:
             return _failed(call, fault, connection, sent=sent, latency_ms=_ms_since(begun))
         except TimeoutError:
             what = "did not answer" if sent else "could not be asked"
-            fault = _FaultError("timeout", f"The provider {what} within {call.timeout_s:g} s.")
+            fault = FaultError("timeout", f"The provider {what} within {call.timeout_s:g} s.")
             return _failed(call, fault, connection, sent=sent, latency_ms=_ms_since(begun))
         except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the worker
             _log.error("provider.call_crashed error=%s", type(error).__name__)
-            fault = _FaultError("internal", f"Sluice failed: {type(error).__name__}.")
+            fault = FaultError("internal", f"Sluice failed: {type(error).__name__}.")
             return _failed(call, fault, connection, sent=sent, latency_ms=_ms_since(begun))
 
 
@@ -281,25 +268,9 @@ _OURS_ALONE = {
 _HELD_SECRET = re.compile("auth|key|token|secret")
 
 
-class _FaultError(Exception):
-    """The exchange did not end in an HTTP response that can be classified."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    host: str
-    port: int
-    secure: bool
-
-
 @dataclass(frozen=True, slots=True)
 class _Target:
-    origin: _Origin
+    origin: Origin
     head: str
     """The request line and the headers that are the same for every call."""
 
@@ -307,7 +278,7 @@ class _Target:
 @functools.lru_cache(maxsize=1024)
 def _target(base_url: str, endpoint: Endpoint) -> _Target:
     def refuse(why: str) -> NoReturn:
-        raise _FaultError("bad_url", f"The connection's base URL {why}.")
+        raise FaultError("bad_url", f"The connection's base URL {why}.")
 
     try:
         url = urlsplit(base_url.strip())
@@ -330,7 +301,7 @@ def _target(base_url: str, endpoint: Endpoint) -> _Target:
     if port != (443 if url.scheme == "https" else 80):
         shown += f":{port}"
     head = f"POST {path}{query} HTTP/1.1\r\nhost: {shown}\r\ncontent-type: application/json\r\n"
-    return _Target(_Origin(host, port, url.scheme == "https"), head)
+    return _Target(Origin(host, port, url.scheme == "https"), head)
 
 
 def _request(call: Call, target: _Target) -> bytes:
@@ -345,7 +316,7 @@ def _request(call: Call, target: _Target) -> bytes:
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or _NOT_IN_HEADER.search(value):
             what = "The API key" if name == "authorization" else f"The header {name[:60]!r}"
-            raise _FaultError("bad_header", f"{what} has characters that HTTP cannot carry.")
+            raise FaultError("bad_header", f"{what} has characters that HTTP cannot carry.")
         if name not in _OURS_ALONE:
             lines.append(f"{name}: {value}\r\n")
     lines.append(f"content-length: {len(body)}\r\n\r\n")
@@ -356,7 +327,7 @@ def _body(call: Call) -> bytes:
     members = _members(call.body)
     defaults = _members(call.default_args) if call.default_args else {}
     if members is None or defaults is None:
-        raise _FaultError("bad_request_body", "The request is not a JSON object.")
+        raise FaultError("bad_request_body", "The request is not a JSON object.")
     members = {**members, **{k: v for k, v in defaults.items() if k not in members}}
     for unwanted in ("stream", "stream_options"):
         members.pop(unwanted, None)
@@ -459,13 +430,6 @@ _KEPT_HEADERS = {
 _NO_RAW = msgspec.Raw(b"null")
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    status_code: int
-    headers: dict[str, str]
-    body: bytes
-
-
 class _Top(msgspec.Struct):
     """What we look at in any body; everything else is passed on unread."""
 
@@ -544,7 +508,7 @@ def _verdict(  # noqa: C901, PLR0911 - the table of the module's docstring, line
             return _Verdict("rejected", *_REFUSALS.get(status, ours))
 
 
-def _classify(call: Call, reply: _Reply, *, latency_ms: int) -> Outcome:
+def _classify(call: Call, reply: Reply, *, latency_ms: int) -> Outcome:
     """Make the outcome of a complete HTTP response."""
     status, secrets = reply.status_code, _secrets(call)
     top = _top(reply.body)
@@ -604,7 +568,7 @@ def _classify(call: Call, reply: _Reply, *, latency_ms: int) -> Outcome:
 
 
 def _failed(
-    call: Call, fault: _FaultError, connection: "_Connection | None", *, sent: bool, latency_ms: int
+    call: Call, fault: FaultError, connection: "Connection | None", *, sent: bool, latency_ms: int
 ) -> Rejected | Unreachable:
     """Choose the outcome where no complete response came."""
     status, received = connection.received() if connection else (None, dict[str, str]())
@@ -629,27 +593,23 @@ def _failed(
     )
 
 
-def _decoded(reply: _Reply, *, most_bytes: int) -> _Reply:
+def _decoded(reply: Reply, *, most_bytes: int) -> Reply:
     """Undo a compression that the provider applied although we asked for none."""
     encoding = reply.headers.get("content-encoding", "identity").lower()
     if encoding == "identity" or not reply.body:
         return reply
     if encoding not in {"gzip", "x-gzip", "deflate"}:
-        raise _FaultError("garbage", f"The answer's encoding {encoding[:20]!r} is unknown.")
+        raise FaultError("garbage", f"The answer's encoding {encoding[:20]!r} is unknown.")
     inflate = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever it is
     try:
         body = inflate.decompress(reply.body, most_bytes + 1)
     except zlib.error:
-        raise _FaultError("garbage", "The answer cannot be decompressed.") from None
+        raise FaultError("garbage", "The answer cannot be decompressed.") from None
     if len(body) > most_bytes:
-        raise _too_large(most_bytes)
+        raise too_large(most_bytes)
     if not inflate.eof:
-        raise _FaultError("cut", "The compressed answer is not complete.")
-    return _Reply(reply.status_code, reply.headers, body)
-
-
-def _too_large(most_bytes: int) -> _FaultError:
-    return _FaultError("response_too_large", f"The answer has more than {most_bytes:,} bytes.")
+        raise FaultError("cut", "The compressed answer is not complete.")
+    return Reply(reply.status_code, reply.headers, body)
 
 
 def _top(body: bytes) -> _Top | None:
@@ -816,289 +776,3 @@ def duration_s(text: str | None) -> float | None:
         for part, unit in zip(found.groups(), _DURATION_UNITS_S, strict=True)
         if part
     )
-
-
-# The transport: HTTP/1.1 over asyncio -------------------------------------------------------------
-
-
-class _Connection(asyncio.Protocol):
-    """One connection: one exchange at a time, and reusable only after a clean one.
-
-    httptools calls the ``on_…`` methods. They must not raise, so what goes wrong is put into the
-    waiter by `_fail`. Every way out of `exchange` but a clean one closes the connection, and that
-    is what makes cancellation free it and a late byte harmless to the next call.
-    """
-
-    def __init__(self, origin: _Origin, all_open: "set[_Connection]") -> None:
-        self.origin = origin
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.idle_since = 0.0
-        self._all_open = all_open
-        self._parser = httptools.HttpResponseParser(self)
-        self._transport: asyncio.Transport | None = None
-        self._waiter: asyncio.Future[_Reply] | None = None
-        self._most_bytes = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._status: int | None = None
-        self._headers: dict[str, str] = {}
-        self._body = bytearray()
-        self._head_bytes = 0
-        self._head_done = False
-        self._has_length = False
-        self._complete = False
-        self._is_spent = False
-
-    async def exchange(self, request: bytes, *, most_bytes: int) -> _Reply:
-        """Send a request and wait for its whole response; raises _FaultError."""
-        self._reset()
-        self._most_bytes = most_bytes
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            if self._transport is None or self._transport.is_closing():
-                self._fail("cut", "The provider closed the connection.")
-            else:
-                self._transport.write(request)
-            return await self._waiter
-        except BaseException:
-            self.abort()
-            raise
-        finally:
-            self._waiter = None
-
-    def received(self) -> tuple[int | None, dict[str, str]]:
-        """Return what is known of a response that did not become complete."""
-        return (self._status, self._headers) if self._head_done else (None, {})
-
-    def abort(self) -> None:
-        """Close at once; a waiting exchange ends as ``closed``."""
-        self._fail("closed", "The worker is stopping.")
-        if self._transport is not None:
-            self._transport.abort()
-
-    @property
-    def is_reusable(self) -> bool:
-        """Whether the last exchange left nothing behind."""
-        return (
-            self._complete
-            and not self._is_spent
-            and self._transport is not None
-            and not self._transport.is_closing()
-            and self._transport.get_write_buffer_size() == 0
-        )
-
-    def _fail(self, code: str, message: str) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(_FaultError(code, message))
-
-    def _finish(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(_Reply(self._status or 0, self._headers, bytes(self._body)))
-
-    def _overflow(self) -> None:
-        """More than we keep. An error's text is dispensable, an answer is not."""
-        self._is_spent = True
-        if self._status is not None and self._status < HTTPStatus.MULTIPLE_CHOICES:
-            error = _too_large(self._most_bytes)
-            self._fail(error.code, error.message)
-        else:
-            self._body.clear()
-            self._finish()
-
-    # asyncio calls these.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._all_open.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self._waiter is None or self._waiter.done():
-            self._is_spent = True
-            if self._transport is not None:
-                self._transport.abort()
-            return
-        if not self._head_done:
-            self._head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._complete = False
-            self._fail("garbage", "The provider's answer is not HTTP.")
-        if not self._head_done and self._head_bytes > MOST_HEAD_BYTES:
-            self._fail("garbage", "The provider's answer has too many headers.")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_done and exc is None and not self._has_length:
-            self._finish()  # RFC 9112 §6.3: such a body ends with its connection
-        else:
-            when = "in the middle of" if self._head_done else "before"
-            self._fail("cut", f"The provider closed the connection {when} its answer.")
-        if not self.closed.done():
-            self.closed.set_result(None)
-        self._all_open.discard(self)
-
-    # httptools calls these.
-
-    def on_message_begin(self) -> None:
-        self._is_spent = self._complete
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._complete:
-            key = name.decode("latin-1").lower()
-            self._headers.setdefault(key, value.decode("latin-1").strip())
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if self._complete or status < HTTPStatus.OK:
-            return
-        self._status = status
-        self._head_done = True
-        length = self._headers.get("content-length", "")
-        self._has_length = bool(length) or "transfer-encoding" in self._headers
-        if length.isdecimal() and int(length) > self._most_bytes:
-            self._overflow()
-
-    def on_body(self, data: bytes) -> None:
-        if self._waiter is None or self._waiter.done():
-            return
-        self._body += data
-        if len(self._body) > self._most_bytes:
-            self._overflow()
-
-    def on_message_complete(self) -> None:
-        if not self._head_done:  # an interim response, like 100 Continue or 103 Early Hints
-            self._headers = {}
-        elif not self._complete:
-            self._complete = True
-            self._is_spent = not self._parser.should_keep_alive()
-            self._finish()
-
-
-class _Connections:
-    """Open connections by origin; the most recently used one is taken first."""
-
-    def __init__(self, *, most: int) -> None:
-        self._most = most
-        self._open: set[_Connection] = set()
-        self._idle: dict[_Origin, deque[_Connection]] = {}
-        self._names: dict[tuple[str, int], tuple[float, asyncio.Task[list[str]]]] = {}
-        self._tls: ssl.SSLContext | None = None
-        self._is_closed = False
-
-    def idle(self, origin: _Origin) -> _Connection | None:
-        """Take a connection that can be used at once."""
-        waiting = self._idle.get(origin)
-        while waiting:
-            connection = waiting.pop()
-            if connection.is_reusable and time.monotonic() - connection.idle_since < IDLE_S:
-                return connection
-            connection.abort()
-        return None
-
-    def give_back(self, connection: _Connection) -> None:
-        """Keep a connection for the next call, or close it where it cannot be trusted."""
-        if self._is_closed or not connection.is_reusable:
-            connection.abort()
-            return
-        now = time.monotonic()
-        connection.idle_since = now
-        waiting = self._idle.setdefault(connection.origin, deque())
-        waiting.append(connection)
-        while waiting and now - waiting[0].idle_since >= IDLE_S:
-            waiting.popleft().abort()
-
-    async def open(self, origin: _Origin) -> _Connection:
-        """Connect; raises _FaultError, and then nothing was sent."""
-        if self._is_closed:
-            raise _FaultError("closed", "The worker is stopping.")
-        self._make_room()
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                connection = await self._connect(origin)
-        except TimeoutError:
-            raise _FaultError("connect", "The provider did not accept a connection.") from None
-        except socket.gaierror:
-            raise _FaultError("dns", "The provider's host name cannot be resolved.") from None
-        except ssl.SSLCertVerificationError as error:
-            why = error.verify_message
-            raise _FaultError("tls", f"The provider's certificate is not trusted: {why}.") from None
-        except ssl.SSLError:
-            raise _FaultError("tls", "The provider and Sluice agree on no TLS.") from None
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise _FaultError("connect", f"The provider cannot be connected to: {why}.") from None
-        if self._is_closed:
-            connection.abort()
-            raise _FaultError("closed", "The worker is stopping.")
-        return connection
-
-    async def _connect(self, origin: _Origin) -> _Connection:
-        loop = asyncio.get_running_loop()
-        addresses = await self._addresses(origin)
-        for place, address in enumerate(addresses):
-            try:
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(origin, self._open),
-                    address,
-                    origin.port,
-                    ssl=self._context() if origin.secure else None,
-                    server_hostname=origin.host if origin.secure else None,
-                )
-            except ssl.SSLError:
-                raise
-            except OSError:
-                if place == len(addresses) - 1:
-                    raise
-            else:
-                return connection
-        raise OSError(0, "the name has no address")
-
-    async def _addresses(self, origin: _Origin) -> list[str]:
-        """Resolve once for many connections: a thousand look-ups would queue for a few threads."""
-        key, now = (origin.host, origin.port), time.monotonic()
-        begun, task = self._names.get(key, (0.0, None))
-        failed = task is not None and task.done() and (task.cancelled() or task.exception())
-        if task is None or failed or now - begun > NAME_S:
-            if len(self._names) >= MOST_NAMES:
-                self._names.clear()
-            task = asyncio.create_task(_resolve(*key))
-            task.add_done_callback(_looked_at)
-            self._names[key] = (now, task)
-        return await asyncio.shield(task)
-
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-            self._tls.set_alpn_protocols(["http/1.1"])
-        return self._tls
-
-    def _make_room(self) -> None:
-        """Close the oldest idle connection of any origin where the limit is reached."""
-        if len(self._open) >= self._most:
-            for waiting in self._idle.values():
-                if waiting:
-                    waiting.popleft().abort()
-                    return
-
-    async def close(self) -> None:
-        self._is_closed = True
-        self._idle.clear()
-        still_open = list(self._open)
-        for connection in still_open:
-            connection.abort()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await asyncio.gather(*(connection.closed for connection in still_open))
-
-
-def _looked_at(task: "asyncio.Task[list[str]]") -> None:
-    """Keep asyncio from complaining of a failure that no cancelled call waited for."""
-    if not task.cancelled():
-        task.exception()
-
-
-async def _resolve(host: str, port: int) -> list[str]:
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for _, _, _, _, address in found]

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from app import http1
 from app import provider as provider_module
 from app.provider import (
     Answered,
@@ -666,7 +667,7 @@ async def test_an_unknown_host_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> 
     async def fail(host: str, port: int) -> list[str]:
         raise provider_module.socket.gaierror(-2, f"{host}:{port}")
 
-    monkeypatch.setattr(provider_module, "_resolve", fail)
+    monkeypatch.setattr(http1, "_resolve", fail)
     async with Provider() as provider:
         outcome = await provider.call(call_to("http://nowhere.invalid"))
     assert isinstance(outcome, Unreachable)
@@ -678,7 +679,7 @@ async def test_the_second_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyP
         assert (host, port) == ("twice.invalid", int(server.url.rpartition(":")[2]))
         return ["::1", "127.0.0.1"]
 
-    monkeypatch.setattr(provider_module, "_resolve", two)
+    monkeypatch.setattr(http1, "_resolve", two)
     async with serving(response(200, CHAT)) as server, Provider() as provider:
         url = server.url.replace("127.0.0.1", "twice.invalid")
         assert isinstance(await provider.call(call_to(url)), Answered)
@@ -819,7 +820,7 @@ async def test_a_connection_that_cannot_be_trusted_is_not_used_again(answer: byt
 
 
 async def test_an_old_idle_connection_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider_module, "IDLE_S", 0.0)
+    monkeypatch.setattr(http1, "IDLE_S", 0.0)
     async with serving(response(200, CHAT)) as server, Provider() as provider:
         for _ in range(2):
             assert isinstance(await provider.call(call_to(server.url)), Answered)
