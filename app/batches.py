@@ -419,8 +419,9 @@ def parse_body(body: bytes, *, most_bytes: int) -> dict[str, object]:
         parsed: object = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         # msgspec refuses lone surrogates, which JSON's grammar allows and providers accept.
+        # json on bytes would also take UTF-16, a byte order mark and NaN, which Postgres refuses.
         try:
-            parsed = json.loads(body)
+            parsed = json.loads(body.decode(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is not valid JSON: {error}") from None
     except RecursionError:
@@ -428,6 +429,10 @@ def parse_body(body: bytes, *, most_bytes: int) -> dict[str, object]:
     if not isinstance(parsed, dict) or not parsed:
         raise ValueError("must be a JSON object with at least one field")
     return parsed  # pyright: ignore[reportUnknownVariableType] - JSON keys are strings
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 async def prepare_day(conn: Connection, batch: NewBatch) -> None:

@@ -85,7 +85,7 @@ class Scene:
                 name="c",
                 provider="openai-compatible",
                 base_url=base_url,
-                secret="sk-secret",  # noqa: S106 - a test's
+                secret="sk-secret",
                 timeout_ms=30_000,
                 amounts=_amounts(connection_rpm, None),
             )
@@ -142,10 +142,10 @@ class Scene:
             await batches.prepare_day(conn, batch)
         async with self.db.transaction() as conn:
             known = {
-                resource_id: resource
+                resource_id: found
                 for resource_id in set(used)
                 if (
-                    resource := await tenants.resource(
+                    found := await tenants.resource(
                         conn,
                         workspace_id=self.workspace_id,
                         environment_id=self.environment_id,
@@ -414,6 +414,7 @@ class Scene:
         assert await self.rows(RECOUNT_LEDGER, self.workspace_id) == []
         assert await self.rows(RECOUNT_EVENTS, self.workspace_id, self.workspace_id) == []
         assert await self.rows(RECOUNT_ATTEMPTS, self.workspace_id) == []
+        assert await self.rows(LOST_WAKE_UPS, self.workspace_id) == []
 
 
 #: Flows whose counters differ from what their items say.
@@ -491,6 +492,21 @@ RECOUNT_ATTEMPTS = """
         and (a.attempt > i.attempt or a.attempt = i.attempt and i.status = 'running')
 """
 
+#: Resources without limits whose next look comes later than their work.
+LOST_WAKE_UPS = """
+    select r.resource_id, r.next_at
+    from ready r
+    join resources s using (workspace_id, resource_id)
+    join resource_states b using (workspace_id, resource_id)
+    where r.workspace_id = %s and b.blocked_until < clock_timestamp()
+        and not exists (
+            select from limits l
+            where l.workspace_id = r.workspace_id and l.scope_id in (r.resource_id, s.connection_id)
+        )
+        and r.next_at > greatest(work_due(r.workspace_id, r.resource_id, now()), clock_timestamp())
+        and work_due(r.workspace_id, r.resource_id, now()) is not null
+"""
+
 
 async def until_blocked(scene: Scene, conn: Connection, work: "asyncio.Task[Any]") -> bool:
     """Whether ``conn`` waits for another session's lock; False when ``work`` ended without."""
@@ -505,7 +521,9 @@ async def until_blocked(scene: Scene, conn: Connection, work: "asyncio.Task[Any]
 
 
 def _amounts(rpm: int | None, tpm: int | None) -> list[Amount]:
-    return [] if rpm is None and tpm is None else [Amount(period="minute", requests=rpm, tokens=tpm)]
+    return (
+        [] if rpm is None and tpm is None else [Amount(period="minute", requests=rpm, tokens=tpm)]
+    )
 
 
 def since(moment: datetime, later: datetime) -> float:

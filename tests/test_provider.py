@@ -665,7 +665,7 @@ async def test_a_refused_connection_was_not_sent() -> None:
 
 async def test_an_unknown_host_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(host: str, port: int) -> list[str]:
-        raise provider_module.socket.gaierror(-2, f"{host}:{port}")
+        raise http1.socket.gaierror(-2, f"{host}:{port}")
 
     monkeypatch.setattr(http1, "_resolve", fail)
     async with Provider() as provider:

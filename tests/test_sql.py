@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def queries() -> list[Query[object]]:
     found: dict[tuple[str, str], Query[object]] = {}
     for module in pkgutil.walk_packages(app.__path__, "app."):
+        if module.name.endswith("__main__"):
+            continue
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, Query):
                 found[value.file, value.name] = value  # pyright: ignore[reportUnknownMemberType]

@@ -7,13 +7,13 @@ refused a path that names another one in words that do not tell whether it exist
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 from litestar.connection import ASGIConnection
 from litestar.di import NamedDependency
 from litestar.handlers import BaseRouteHandler
-from litestar.params import SkipValidation
+from litestar.params import PathParameter, SkipValidation
 
 from app import batches, tenants
 from app.api.context import Context
@@ -46,7 +46,7 @@ async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRo
         if key is None:
             raise UnauthenticatedError("This API key is unknown, disabled or expired.")
         await _note_use(context, conn, key)
-    for name, own in (("workspace_id", key.workspace_id), ("environment_id", key.environment_id)):
+    for name, own in (("workspaceId", key.workspace_id), ("environmentId", key.environment_id)):
         asked = connection.path_params.get(name)
         if asked is not None and _uuid(name, asked) != own:
             raise ForbiddenError(
@@ -61,7 +61,11 @@ async def caller(request: AnyRequest) -> ApiKey:
     return request.scope["state"]["api_key"]
 
 
-async def tenant_caller(request: AnyRequest, workspace_id: UUID, environment_id: UUID) -> ApiKey:
+async def tenant_caller(
+    request: AnyRequest,
+    workspace_id: Annotated[UUID, PathParameter(name="workspaceId")],
+    environment_id: Annotated[UUID, PathParameter(name="environmentId")],
+) -> ApiKey:
     """The same below a path with a tenant, which is the key's own."""
     key: ApiKey = request.scope["state"]["api_key"]
     assert (key.workspace_id, key.environment_id) == (workspace_id, environment_id)
@@ -122,5 +126,4 @@ def _uuid(name: str, text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        first, *rest = name.split("_")
-        raise RequestError(f"{first}{''.join(rest).capitalize()} is not a UUID.") from None
+        raise RequestError(f"{name} is not a UUID.") from None

@@ -18,7 +18,7 @@ from litestar.openapi.spec import (
     Schema,
 )
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
-from litestar.params import Parameter
+from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
 
 from app import batches, queue, tenants
@@ -48,15 +48,14 @@ _SSE_HEADERS: Final = {
 
 _BOOLEANS: Final = {"true": True, "false": False}
 
+BatchId = Annotated[UUID, PathParameter(name="batchId")]
+ItemId = Annotated[UUID, PathParameter(name="itemId")]
+
 # Query parameters come as text and are read by ourselves: a framework's idea of a boolean takes
 # garbage for one, and the reference's takes it for false.
-Switch = Annotated[str | None, Parameter(description="true or false", required=False)]
-ItemsStatus = Annotated[
-    str | None, Parameter(description="only items in this state", required=False)
-]
-Cursor = Annotated[
-    str | None, Parameter(description="nextCursor of the page before", required=False)
-]
+Switch = Annotated[str | None, QueryParameter(description="true or false")]
+ItemsStatus = Annotated[str | None, QueryParameter(description="only items in this state")]
+Cursor = Annotated[str | None, QueryParameter(description="nextCursor of the page before")]
 
 
 def switch(value: str | None, name: str, *, default: bool) -> bool:
@@ -172,7 +171,7 @@ class CreateOperation(Operation):
 
 
 @post(
-    "/{workspace_id:str}/{environment_id:str}",
+    "/{workspaceId:str}/{environmentId:str}",
     summary="Create a batch",
     description="ASYNC answers 201 with the batch; SYNC answers 200 with its stream of events.",
     status_code=201,
@@ -213,7 +212,7 @@ async def create(
 
 
 @get(
-    "/{workspace_id:str}/{environment_id:str}",
+    "/{workspaceId:str}/{environmentId:str}",
     summary="List batches",
     description="Newest first, without their items.",
     responses={200: Answer(wire.BatchesPage, description="A page of batches")},
@@ -222,8 +221,8 @@ async def list_batches(
     *,
     context: Given,
     caller: Caller,
-    status: Annotated[str | None, Parameter(description="only batches in this state")] = None,
-    limit: Annotated[str | None, Parameter(description="1 to 1000; default 100")] = None,
+    status: Annotated[str | None, QueryParameter(description="only batches in this state")] = None,
+    limit: Annotated[str | None, QueryParameter(description="1 to 1000; default 100")] = None,
     cursor: Cursor = None,
 ) -> Response[bytes]:
     most = number(limit, "limit", default=100, least=1, most=1000)
@@ -253,7 +252,7 @@ async def list_batches(
 
 
 @get(
-    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}",
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
     summary="Read a batch",
     description="With at most the first 1,000 items (fewer when they are large) and a cursor.",
     responses={200: Answer(wire.BatchBody, description="The batch")},
@@ -262,12 +261,12 @@ async def read(
     *,
     context: Given,
     caller: Caller,
-    batch_id: UUID,
-    includes_items: Annotated[Switch, Parameter(query="includesItems")] = None,
-    includes_users: Annotated[Switch, Parameter(query="includesUsers")] = None,
-    items_limit: Annotated[str | None, Parameter(query="itemsLimit")] = None,
-    items_cursor: Annotated[Cursor, Parameter(query="itemsCursor")] = None,
-    items_status: Annotated[ItemsStatus, Parameter(query="itemsStatus")] = None,
+    batch_id: BatchId,
+    includes_items: Annotated[str | None, QueryParameter(name="includesItems")] = None,
+    includes_users: Annotated[str | None, QueryParameter(name="includesUsers")] = None,
+    items_limit: Annotated[str | None, QueryParameter(name="itemsLimit")] = None,
+    items_cursor: Annotated[str | None, QueryParameter(name="itemsCursor")] = None,
+    items_status: Annotated[str | None, QueryParameter(name="itemsStatus")] = None,
 ) -> Response[bytes]:
     with_items = switch(includes_items, "includesItems", default=True)
     with_users = switch(includes_users, "includesUsers", default=True)
@@ -302,7 +301,7 @@ async def read(
 
 
 @get(
-    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/items",
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/items",
     summary="List a batch's items",
     description="In the order of submission. A page of large items may hold fewer than its limit.",
     responses={200: Answer(wire.ItemsPage, description="A page of items")},
@@ -311,8 +310,8 @@ async def list_items(
     *,
     context: Given,
     caller: Caller,
-    batch_id: UUID,
-    limit: Annotated[str | None, Parameter(description="1 to 1000; default 100")] = None,
+    batch_id: BatchId,
+    limit: Annotated[str | None, QueryParameter(description="1 to 1000; default 100")] = None,
     cursor: Cursor = None,
     status: ItemsStatus = None,
 ) -> Response[bytes]:
@@ -329,12 +328,12 @@ async def list_items(
 
 
 @get(
-    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/{item_id:str}",
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/{itemId:str}",
     summary="Read an item",
     responses={200: Answer(wire.ItemBody, description="The item")},
 )
 async def read_item(
-    *, context: Given, caller: Caller, batch_id: UUID, item_id: UUID
+    *, context: Given, caller: Caller, batch_id: BatchId, item_id: ItemId
 ) -> Response[bytes]:
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
@@ -348,7 +347,7 @@ async def read_item(
 
 
 @post(
-    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/cancel",
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/cancel",
     summary="Cancel a batch",
     description="Nothing of it is sent any more; calls in flight are let finish and kept.",
     status_code=200,
@@ -357,7 +356,7 @@ async def read_item(
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
-async def cancel(context: Given, caller: Caller, batch_id: UUID) -> Response[bytes]:
+async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
     async with context.db.connection() as conn:
         await batch_for(conn, caller, batch_id)
     async with context.db.transaction() as conn:
@@ -377,7 +376,7 @@ async def cancel(context: Given, caller: Caller, batch_id: UUID) -> Response[byt
 
 
 @get(
-    "/{workspace_id:str}/{environment_id:str}/{batch_id:str}/events",
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/events",
     summary="Follow a batch",
     description="Server-sent events from the beginning, or after Last-Event-ID or ?after=.",
     responses={
@@ -389,9 +388,9 @@ async def follow(
     request: AnyRequest,
     context: Given,
     caller: Caller,
-    batch_id: UUID,
+    batch_id: BatchId,
     after: Annotated[
-        str | None, Parameter(description="number of the last event that was seen")
+        str | None, QueryParameter(description="number of the last event that was seen")
     ] = None,
     slim: Switch = None,
     strict: Switch = None,

@@ -16,13 +16,19 @@ from litestar.exceptions import HTTPException, ValidationException
 from litestar.types import Message, Scope
 from psycopg_pool import PoolTimeout
 
-from app.errors import DatabaseUnavailableError, RequestError, UnauthenticatedError
+from app.errors import (
+    DatabaseUnavailableError,
+    RequestError,
+    TooLargeError,
+    UnauthenticatedError,
+)
 from app.ids import uuid7
 from app.log import Log
 
 log = Log("api")
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 _SERVER_ERROR = 500
 _CONFLICT = 409
 
@@ -88,7 +94,11 @@ def refusal(
 
 
 def _refused(_: AnyRequest, error: RequestError) -> Response[bytes]:
-    headers = {"www-authenticate": "Bearer"} if isinstance(error, UnauthenticatedError) else {}
+    headers: dict[str, str] = {}
+    if isinstance(error, UnauthenticatedError):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, TooLargeError | StorageFullError):
+        headers["connection"] = "close"  # or the rest of the body would still be received
     return refusal(error.status, error.code, str(error), details=error.details, headers=headers)
 
 
@@ -104,7 +114,13 @@ def _framework(request: AnyRequest, error: HTTPException) -> Response[bytes]:
         given = [
             cast("dict[str, str]", e) for e in cast("list[object]", extra) if isinstance(e, dict)
         ]
-        problems = [{"path": e.get("key", "body"), "message": e.get("message", "")} for e in given]
+        problems = [
+            {
+                "path": _INDEX.sub(r"[\1]", e.get("key", "body")),
+                "message": e.get("message", "").removeprefix("Value error, "),
+            }
+            for e in given
+        ]
         details = {"errors": problems}
         message = "Validation error: " + ", ".join(f"{p['path']}: {p['message']}" for p in problems)
         if any(e.get("source") != "path" for e in given):

@@ -14,7 +14,7 @@ from litestar import Response, Router, get, post
 from litestar.di import Provide
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import Body
+from litestar.params import Body, PathParameter
 
 from app import tenants
 from app.api import wire
@@ -67,7 +67,7 @@ _CONNECTION_EXAMPLE: Final = Example(
 
 
 @post(
-    "/ai-connection/{workspace_id:str}/{environment_id:str}",
+    "/ai-connection/{workspaceId:str}/{environmentId:str}",
     summary="Create a connection",
     status_code=201,
     responses={
@@ -104,11 +104,15 @@ async def create_connection(
 
 
 @get(
-    "/ai-connection/{workspace_id:str}/{environment_id:str}/{connection_id:str}",
+    "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}",
     summary="Read a connection",
     responses={200: Answer(wire.ConnectionBody, description="The connection")},
 )
-async def read_connection(context: Given, caller: Caller, connection_id: UUID) -> Response[bytes]:
+async def read_connection(
+    context: Given,
+    caller: Caller,
+    connection_id: Annotated[UUID, PathParameter(name="connectionId")],
+) -> Response[bytes]:
     require_everything(caller, "read connections")
     async with context.db.connection() as conn:
         found = await _connection(conn, caller, connection_id)
@@ -169,7 +173,7 @@ _RESOURCE_EXAMPLE: Final = Example(
 
 
 @post(
-    "/ai-resource/{workspace_id:str}/{environment_id:str}",
+    "/ai-resource/{workspaceId:str}/{environmentId:str}",
     summary="Create a resource",
     status_code=201,
     responses={
@@ -236,11 +240,13 @@ async def create_resource(
 
 
 @get(
-    "/ai-resource/{workspace_id:str}/{environment_id:str}/{resource_id:str}",
+    "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}",
     summary="Read a resource",
     responses={200: Answer(wire.ResourceBody, description="The resource")},
 )
-async def read_resource(context: Given, caller: Caller, resource_id: UUID) -> Response[bytes]:
+async def read_resource(
+    context: Given, caller: Caller, resource_id: Annotated[UUID, PathParameter(name="resourceId")]
+) -> Response[bytes]:
     async with context.db.connection() as conn:
         require_resources(caller, [resource_id])
         found = await _resource(conn, caller, resource_id)
@@ -274,7 +280,7 @@ _KEY_EXAMPLE: Final = Example(
 
 
 @post(
-    "/api-key/{workspace_id:str}/{environment_id:str}",
+    "/api-key/{workspaceId:str}/{environmentId:str}",
     summary="Create an API key",
     description="The key itself is shown in this answer only (apiKeyValue).",
     status_code=201,
@@ -291,8 +297,8 @@ async def create_api_key(
     require_everything(caller, "create API keys")
     async with context.db.transaction() as conn:
         for each in data.resources:
-            if isinstance(each, UUID):
-                await _resource(conn, caller, each)
+            if each != "*":
+                await _resource(conn, caller, UUID(each))
         api_key_id, value = await tenants.create_api_key(
             conn,
             workspace_id=caller.workspace_id,
@@ -300,7 +306,7 @@ async def create_api_key(
             name=data.name,
             description=data.description,
             enabled=data.enabled,
-            resources=[str(each) for each in data.resources],
+            resources=data.resources,
             labels=data.labels or (),
             enforce_capacity=data.enforce_capacity,
             capacity_entries=wire.capacity_entries(data.capacity),
@@ -312,11 +318,13 @@ async def create_api_key(
 
 
 @get(
-    "/api-key/{workspace_id:str}/{environment_id:str}/{api_key_id:str}",
+    "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}",
     summary="Read an API key",
     responses={200: Answer(wire.ApiKeyBody, description="The key, masked")},
 )
-async def read_api_key(context: Given, caller: Caller, api_key_id: UUID) -> Response[bytes]:
+async def read_api_key(
+    context: Given, caller: Caller, api_key_id: Annotated[UUID, PathParameter(name="apiKeyId")]
+) -> Response[bytes]:
     if api_key_id != caller.api_key_id:
         require_everything(caller, "read other API keys")
     async with context.db.connection() as conn:

@@ -653,11 +653,19 @@ class ApiKeyCreate(_Sent):
     name: Name
     description: Text | None = None
     enabled: Flag = True
-    resources: Annotated[list[UUID | Literal["*"]], Field(max_length=1000)]
+    resources: Annotated[list[Text], Field(max_length=1000)]
     labels: Annotated[list[Text], Field(max_length=100)] | None = None
     enforce_capacity: Flag = True
     capacity: Capacity | None = None
     expires_at: datetime | None = None
+
+    @field_validator("resources")
+    @classmethod
+    def _are_ids(cls, value: list[str]) -> list[str]:
+        try:
+            return [each if each == "*" else str(UUID(each)) for each in value]
+        except ValueError:
+            raise ValueError("must be ids of resources, or *") from None
 
     @field_validator("expires_at")
     @classmethod

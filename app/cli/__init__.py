@@ -66,7 +66,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; an expected error becomes its sentence and its exit code."""
         # Before an event loop takes over: SIGTERM unwinds like Ctrl-C, so that locks are released.
-        signal.signal(signal.SIGTERM, _terminate)
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except SluiceError as error:
@@ -74,6 +74,8 @@ class _Commands(click.Group):
             ctx.exit(2 if isinstance(error, UsageError) else 1)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -12,7 +12,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -112,7 +112,7 @@ def reason(result: Result | None) -> str:
 
 
 @contextlib.contextmanager
-def _whole(output: Path, remedy: str) -> Iterator[IO[str]]:
+def _whole(output: Path, remedy: str) -> Generator[IO[str]]:
     """A text file that takes its place when it is complete."""
     draft = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
@@ -179,22 +179,21 @@ def _jsonl_writer(file: IO[str]) -> _Write:
 
 def _openai_writer(file: IO[str]) -> _Write:
     def write(row: Row, result: Result | None, answer: str | None) -> None:
-        del answer
-        response: object = None
+        response: dict[str, object] | None = None
+        refused = False
         if result is not None and result.response is not None and result.status_code is not None:
             response = {
                 "status_code": result.status_code,
                 "request_id": "",  # the provider's id is in the database: table attempts
                 "body": _verbatim(result.response),
             }
-        ended = result is not None and result.status in ("completed", "failed")
-        # An HTTP error is told by the response alone; an answer that could not be used by both.
-        refused = ended and response is not None and result.status_code not in _GOOD
-        line = {
+            # The response alone tells of an HTTP error; an unusable answer needs its reason too.
+            refused = result.status == "failed" and result.status_code not in _GOOD
+        line: dict[str, object] = {
             "id": f"batch_req_{row.number}",
             "custom_id": row.custom_id,
             "response": response,
-            "error": None if refused or (ended and result.status == "completed") else _error(result),
+            "error": None if refused or answer is not None else _error(result),
         }
         _write_line(file, line)
 

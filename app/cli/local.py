@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import re
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -206,15 +206,22 @@ class _Run:
                 environment=_ENVIRONMENT,
                 description="runs of the command line",
             )
-            ids = {"workspace_id": place.workspace_id, "environment_id": place.environment_id}
-            connection_id = await self._connection(conn, **ids)
+            connection_id = await self._connection(
+                conn, workspace_id=place.workspace_id, environment_id=place.environment_id
+            )
             timeout_ms = None if job.timeout_s is None else round(job.timeout_s * 1000)
             name = f"{job.model} at {job.base_url}"
-            found = await tenants.resource_named(conn, **ids, name=name)
+            found = await tenants.resource_named(
+                conn,
+                workspace_id=place.workspace_id,
+                environment_id=place.environment_id,
+                name=name,
+            )
             if found is None:
                 resource_id = await tenants.create_resource(
                     conn,
-                    **ids,
+                    workspace_id=place.workspace_id,
+                    environment_id=place.environment_id,
                     connection_id=connection_id,
                     name=name,
                     model=job.model,
@@ -234,9 +241,18 @@ class _Run:
                 scope_id=resource_id,
                 amounts=[Amount(period="minute", requests=job.rpm, tokens=job.tpm)],
             )
-            resource = await tenants.resource(conn, **ids, resource_id=resource_id)
+            resource = await tenants.resource(
+                conn,
+                workspace_id=place.workspace_id,
+                environment_id=place.environment_id,
+                resource_id=resource_id,
+            )
             assert resource is not None
-            return _Tenant(**ids, resource=resource)
+            return _Tenant(
+                workspace_id=place.workspace_id,
+                environment_id=place.environment_id,
+                resource=resource,
+            )
 
     async def _connection(
         self, conn: Connection, *, workspace_id: UUID, environment_id: UUID
@@ -517,7 +533,7 @@ class _Run:
                 samples=self._job.samples,
             )
 
-    async def _results(self, conn: Connection) -> AsyncIterator[Result]:
+    async def _results(self, conn: Connection) -> AsyncGenerator[Result]:
         for batch in self._known:
             found = batches.results(
                 conn,
@@ -587,7 +603,9 @@ def _summarize(
         click.echo(f"{count} failed, {often}: {told}")
         click.echo(_advice(tally))
     if tally.unanswered:
-        click.echo(f"{tally.unanswered:,} rows are not answered yet; run the same command to go on.")
+        click.echo(
+            f"{tally.unanswered:,} rows are not answered yet; run the same command to go on."
+        )
 
 
 def _advice(tally: Tally) -> str:

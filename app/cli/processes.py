@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 from app import log
@@ -26,7 +26,7 @@ def run_async(main: Coroutine[Any, Any, Result]) -> Result:
 @contextlib.contextmanager
 def on_signals(
     first: Callable[[signal.Signals], None], then: Callable[[], None]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Call ``first`` at the first SIGINT or SIGTERM and ``then`` at each later one.
 
     In the event loop, not in a signal handler: both may do anything that does not block.

@@ -74,7 +74,7 @@ class Progress:
         del kind, error, trace
         if self._live is not None:
             self._live.stop()
-        elif self._last is not None and self._last is not self._told:
+        elif self._last is not None and self._last != self._told:
             self._tell(self._last)
 
     def show(self, snapshot: Snapshot) -> None:

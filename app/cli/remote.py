@@ -86,7 +86,9 @@ def _resource(server: Server, errand: Errand) -> str:
             ("--tpm", errand.tpm),
         ):
             if value is not None:
-                raise UsageError(f"{flag} describes a resource, and --resource names one; not both.")
+                raise UsageError(
+                    f"{flag} describes a resource, and --resource names one; not both."
+                )
         return errand.resource
     if errand.model is None or errand.base_url is None:
         raise UsageError(

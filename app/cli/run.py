@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 from urllib.parse import urlsplit
 
 import click
@@ -35,16 +35,14 @@ Exit code: 0 all rows answered, 1 some failed, 2 wrong usage (nothing was sent),
 """
 
 
-class _Params(click.ParamType):
+class _Params(click.ParamType[tuple[str, object]]):
     """``name=value``, the value JSON or else text."""
 
     name = "NAME=VALUE"
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, object]:
-        if isinstance(value, tuple):
-            return value  # pyright: ignore[reportUnknownVariableType] - click converts twice
         name, equals, text = str(value).partition("=")
         if not equals or not name:
             self.fail(f"'{value}' is not name=value, as in --param temperature=0", param, ctx)
@@ -194,7 +192,10 @@ def _model_of(given: Input) -> str:
     named: str | None = None
     for row in given.rows():
         place = f"{given.path} line {row.line}"
-        model = msgspec.json.decode(row.body, type=_Model, strict=True).model
+        try:
+            model = msgspec.json.decode(row.body, type=_Model).model
+        except msgspec.DecodeError:
+            model = ""
         if not model:
             raise InputError(f"{place} names no model; {flag}")
         if named is not None and model != named:

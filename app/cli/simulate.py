@@ -21,7 +21,9 @@ _RATE = click.FloatRange(0, 1)
     show_default=True,
     help="Port to listen on; 0: any free one.",
 )
-@click.option("--rpm", type=click.IntRange(min=1), help="Requests per minute; by default any number.")
+@click.option(
+    "--rpm", type=click.IntRange(min=1), help="Requests per minute; by default any number."
+)
 @click.option("--tpm", type=click.IntRange(min=1), help="Tokens per minute; by default any number.")
 @click.option(
     "--algorithm",

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -37,7 +37,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def open_store(settings: Settings, *, migrating: bool) -> Iterator[Store]:
+def open_store(settings: Settings, *, migrating: bool) -> Generator[Store]:
     """The database, brought to this program's schema where that is this process's business.
 
     An embedded one always is; a given one only when ``migrating``, else it must be there already.

@@ -60,9 +60,7 @@ _Greet = Callable[[str, Access], None]
 async def _up(store: Store, greet: _Greet) -> None:
     async with store.database("sluice-up") as db:
         access = await bootstrap(db, store)
-        worker = Worker(
-            store.settings, db, keyring=store.keyring, listen_url=store.direct_url
-        )
+        worker = Worker(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
         stop = asyncio.Event()
 
         def finish(_: signal.Signals) -> None:

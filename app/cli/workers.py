@@ -60,9 +60,7 @@ def worker(processes: int, concurrency: int | None, lifeline: int | None) -> Non
 
 async def _work(store: Store, lifeline: int | None) -> None:
     async with store.database("sluice-worker") as db:
-        working = Worker(
-            store.settings, db, keyring=store.keyring, listen_url=store.direct_url
-        )
+        working = Worker(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
         keeping = Supervisor("worker")
         keeping.start("maintenance", Maintenance(store.settings, db).run)
         loop = asyncio.get_running_loop()

@@ -318,7 +318,8 @@ begin
         into v_picked;
         v_taken := v_picked.taken;
         v_isolated := v_picked.suspects;
-        if not (v_picked.suspects and p_alone) then
+        -- Beside a suspect that was taken others are not waiting for capacity; the suspect itself may be.
+        if v_taken is null or not (v_picked.suspects and p_alone) then
             v_head_tokens := v_picked.head_tokens;
         end if;
 
@@ -392,20 +393,19 @@ begin
                     v_batch.seqs, v_now);
             end loop;
         end if;
-
-        -- 8. When it is worth coming back. The ready row is locked first and the flows are looked at
-        -- after: whoever adds work does so before it touches the ready row, so either we see the work
-        -- or the writer, waiting for our lock, sets next_at after us.
-        if v_head_tokens is not null then
-            select w.next_at, w.limit_id into v_next, v_waits_for
-            from capacity_frees(p_workspace_id, v_limit_ids, 1, v_head_tokens, v_now, p_guard) w;
-        end if;
     end if;
 
-    if v_next is not null or cardinality(coalesce(v_taken, '{}')) < p_want then
+    -- 8. When it is worth coming back. The ready row is locked first; ledger and flows are looked at after:
+    -- whoever adds work or gives back capacity does so before it locks the ready row (it locks it even when
+    -- it finds nothing to change there), so either we see what it did or it sets next_at after us.
+    if v_next is not null or v_head_tokens is not null or cardinality(coalesce(v_taken, '{}')) < p_want then
         perform 1 from ready r
         where r.workspace_id = p_workspace_id and r.resource_id = p_resource_id
         for no key update;
+        if v_next is null and v_head_tokens is not null then
+            select w.next_at, w.limit_id into v_next, v_waits_for
+            from capacity_frees(p_workspace_id, v_limit_ids, 1, v_head_tokens, v_now, p_guard) w;
+        end if;
         if v_next is null then
             v_next := work_due(p_workspace_id, p_resource_id, v_now);
         end if;

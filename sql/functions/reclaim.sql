@@ -86,6 +86,7 @@ begin
     where c.becomes = 'failed'
     on conflict do nothing;
     perform flows_change(p_workspace_id, v_changed, v_now, null);
+    perform ready_change(p_workspace_id, v_changed, null, v_now);
     return cardinality(v_changed);
 end
 $$;

@@ -22,8 +22,9 @@ begin
     if not found then
         return 0;
     end if;
-    with due as (
-        select i.workspace_id, i.batch_day, i.batch_id, i.seq
+    -- All locks first, in order; a cancel that came before us is then seen.
+    with due as materialized (
+        select i.seq
         from items i
         where i.workspace_id = p_workspace_id
             and i.batch_day = v_day
@@ -33,27 +34,8 @@ begin
         order by i.seq
         limit p_most
         for no key update skip locked
-    ),
-    gone as (
-        delete from item_results r
-        using due d
-        where r.workspace_id = d.workspace_id
-            and r.batch_day = d.batch_day
-            and r.batch_id = d.batch_id
-            and r.seq = d.seq
-    ),
-    back as (
-        update items i
-        set status = 'pending', ended_reason = null, ended_at = null, failures = 0, crashes = 0,
-            crashes_alone = 0, visible_at = v_now
-        from due d
-        where i.workspace_id = d.workspace_id
-            and i.batch_day = d.batch_day
-            and i.batch_id = d.batch_id
-            and i.seq = d.seq
-        returning i.seq
     )
-    select array_agg(b.seq order by b.seq) into v_seqs from back b;
+    select array_agg(d.seq order by d.seq) into v_seqs from due d;
     if v_seqs is null then
         return 0;
     end if;
@@ -61,6 +43,25 @@ begin
     where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id
     order by f.resource_id
     for no key update;
+    perform 1 from batches b
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id and b.status <> 'cancelled'
+    for no key update;
+    if not found then
+        return 0;
+    end if;
+
+    delete from item_results r
+    where r.workspace_id = p_workspace_id
+        and r.batch_day = v_day
+        and r.batch_id = p_batch_id
+        and r.seq = any (v_seqs);
+    update items i
+    set status = 'pending', ended_reason = null, ended_at = null, failures = 0, crashes = 0,
+        crashes_alone = 0, visible_at = v_now
+    where i.workspace_id = p_workspace_id
+        and i.batch_day = v_day
+        and i.batch_id = p_batch_id
+        and i.seq = any (v_seqs);
     update flows f
     set failed = f.failed - back.items,
         pending = f.pending + back.items,
@@ -84,14 +85,22 @@ begin
         and b.batch_id = p_batch_id
         and b.status in ('completed', 'failed');
     perform event_append(p_workspace_id, v_day, p_batch_id, 'item-retrying', v_seqs, v_now);
+    -- Locked before they are looked at, in order; see ready_change.
+    perform 1 from ready r
+    where r.workspace_id = p_workspace_id
+        and r.resource_id in (
+            select f.resource_id from flows f
+            where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.pending > 0
+        )
+    order by r.resource_id
+    for no key update;
     update ready r
     set next_at = v_now
-    from (
-        select f.resource_id from flows f
-        where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.pending > 0
-    ) woken
     where r.workspace_id = p_workspace_id
-        and r.resource_id = woken.resource_id
+        and r.resource_id in (
+            select f.resource_id from flows f
+            where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.pending > 0
+        )
         and r.next_at > v_now;
     return cardinality(v_seqs);
 end

@@ -9,10 +9,12 @@
 -- late answer was paid for. Every other transition needs the current attempt of a running item. What does not
 -- pass is recorded as an attempt only. An attempt is settled exactly once through its row: the insert wins, or
 -- turns a row that says lost into what really came back; so a flush may be repeated after a lost
--- acknowledgement and changes nothing the second time.
+-- acknowledgement and changes nothing the second time. When a late answer ends an item that is being tried
+-- again, that newer call is noted as lost until it reports: it has no running item any more to account for
+-- what it reserved.
 --
 -- Lock order: items (SKIP LOCKED, in key order; those skipped are returned as not settled and come again with
--- the next flush) → ledger slots → flows → batches → ready. It takes no scope mutex: an admission beside it
+-- the next flush) → ledger slots → flows → batches → resource_states → ready. It takes no scope mutex: an admission beside it
 -- reads the reservation instead of the usage, which is the older of two true answers.
 create or replace function settle(
     p_workspace_id uuid, p_worker_id uuid, p_outcomes json, p_bodies text[]
@@ -35,6 +37,7 @@ declare
     v_unsettled int[];
     v_refunds jsonb;
     v_refunded uuid[];
+    v_superseded boolean;
 begin
     select array_agg(g order by g.ord) into v_given
     from json_populate_recordset(null::given_outcome, p_outcomes) g;
@@ -48,7 +51,7 @@ begin
     held as materialized (
         select g.ord, g.outcome, g.wait_s, i.batch_day, i.batch_id, i.seq, i.resource_id, i.status,
             i.attempt, i.failures, i.crashes, i.max_attempts,
-            i.status = 'running' and i.attempt = g.attempt as current
+            i.status = 'running' and i.attempt = g.attempt as current, g.attempt as given_attempt
         from given g
         join items i on i.workspace_id = g.workspace_id
             and i.batch_day = g.batch_day
@@ -57,9 +60,18 @@ begin
         order by i.batch_day, i.batch_id, i.seq
         for no key update of i skip locked
     ),
+    -- Several attempts of one item may come together; one decides, an answer before all others.
+    ranked as (
+        select h.*, row_number() over (
+            partition by batch_day, batch_id, seq
+            order by (outcome = 'answered') desc, current desc, ord
+        ) as choice
+        from held h
+    ),
     decided as materialized (
         select h.*,
             case
+                when choice > 1 then null
                 when outcome = 'answered' and status = 'running' then 'completed'
                 -- A cancelled item keeps its status, also while its row still says pending.
                 when outcome = 'answered' and status = 'pending' and not exists (
@@ -74,7 +86,7 @@ begin
                 when outcome = 'unreachable' and failures + 1 >= max_attempts then 'failed'
                 else 'pending'
             end::work_status as becomes
-        from held h
+        from ranked h
     )
     select (
             select array_agg(row(ord, p_workspace_id, batch_day, batch_id, resource_id, seq, attempt, status, becomes,
@@ -103,11 +115,34 @@ begin
                 group by ord
             ) each_one
         ),
-        (select array_agg(ord) from (select ord from given except select ord from held) skipped)
-    into v_changed, v_becomes, v_unsettled;
+        (select array_agg(ord) from (select ord from given except select ord from held) skipped),
+        exists (
+            select from decided
+            where becomes = 'completed' and status = 'running' and attempt <> given_attempt
+        )
+    into v_changed, v_becomes, v_unsettled, v_superseded;
     v_unsettled := coalesce(v_unsettled, '{}');
 
     -- 2. Attempts, each once; what they give back to the ledger.
+    if v_superseded then
+        insert into attempts (
+            workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, worker_id,
+            claimed_at, ended_at, error_code, error_message, reserved_limits, reserved_input_tokens,
+            reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens
+        )
+        select i.workspace_id, i.batch_day, i.batch_id, i.seq, i.attempt, 'lost', i.resource_id,
+            i.worker_id, i.claimed_at, v_now, 'superseded',
+            'an earlier attempt was answered during this call, which has not reported',
+            i.reserved_limits, i.reserved_input_tokens, i.reserved_output_tokens, 1,
+            i.reserved_input_tokens, i.reserved_output_tokens
+        from unnest(v_given) g
+        join items i on i.batch_day = g.batch_day and i.batch_id = g.batch_id and i.seq = g.seq
+        where v_becomes[g.ord] = 'completed'
+            and i.workspace_id = p_workspace_id
+            and i.status = 'running'
+            and i.attempt <> g.attempt
+        on conflict do nothing;
+    end if;
     with given as materialized (
         select p_workspace_id as tenant, g.* from unnest(v_given) g where g.ord <> all (v_unsettled)
     ),
@@ -139,7 +174,7 @@ begin
             charged_input_tokens = excluded.charged_input_tokens,
             charged_output_tokens = excluded.charged_output_tokens,
             cached_tokens = excluded.cached_tokens, reasoning_tokens = excluded.reasoning_tokens
-        where a.outcome = 'lost'
+        where a.outcome = 'lost' and excluded.outcome <> 'lost'
         returning a.resource_id, a.claimed_at, a.reserved_limits,
             a.charged_requests - 1 as requests,
             a.charged_input_tokens - a.reserved_input_tokens as input_tokens,
@@ -200,7 +235,7 @@ begin
     -- 4. The ledger, in the slots of the claims.
     perform ledger_adjust(p_workspace_id, v_refunds);
 
-    -- 5. Flows, batches, events, ready.
+    -- 5. Flows, batches, events.
     perform flows_change(p_workspace_id, v_changed, v_now, (
         select jsonb_agg(jsonb_build_object('batch_id', g.batch_id, 'resource_id', g.resource_id,
             'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens, 'drift', g.drift))
@@ -222,31 +257,20 @@ begin
         ) g
     ));
 
-    -- 6. A resource that the provider asked to leave alone; capacity that was given back.
+    -- 6. A resource that the provider asked to leave alone. What came late or again says nothing of now.
     insert into resource_states as s (workspace_id, resource_id, blocked_until, blocked_reason)
-    select p_workspace_id, g.resource_id, v_now + make_interval(secs => max(g.wait_s)),
+    select p_workspace_id, g.resource_id, v_now + make_interval(secs => max(coalesce(g.wait_s, 0))),
         max(g.error_code)
     from unnest(v_given) g
-    where g.outcome = 'throttled'
+    where g.outcome = 'throttled' and v_becomes[g.ord] is not null
     group by g.resource_id
     order by g.resource_id
     on conflict (workspace_id, resource_id) do update
     set blocked_until = excluded.blocked_until, blocked_reason = excluded.blocked_reason
     where s.blocked_until < excluded.blocked_until;
 
-    perform 1 from ready r
-    where r.workspace_id = p_workspace_id
-        and r.resource_id = any (v_refunded)
-        and r.next_at > v_now
-        and r.next_at < 'infinity'
-    order by r.resource_id
-    for no key update;
-    update ready r
-    set next_at = v_now
-    where r.workspace_id = p_workspace_id
-        and r.resource_id = any (v_refunded)
-        and r.next_at > v_now
-        and r.next_at < 'infinity';
+    -- 7. What is due again, and capacity that was given back.
+    perform ready_change(p_workspace_id, v_changed, v_refunded, v_now);
 
     return query
     select g.ord, g.ord <> all (v_unsettled), g.batch_id, g.resource_id, v_becomes[g.ord]::text
@@ -320,7 +344,7 @@ end
 $$;
 comment on function ledger_adjust(uuid, jsonb) is 'Add differences to ledger slots, locked in order.';
 
--- Move the counters of flows, write the events, end the batches, and make known what is due again.
+-- Move the counters of flows, write the events, end the batches.
 -- p_usage: per flow the tokens of answered items, and drift, what settling corrected virtual time by.
 --
 -- A flow that was cancelled meanwhile turns every return to pending into cancelled; the rows say pending
@@ -421,39 +445,80 @@ begin
         end if;
         perform batch_finish(p_workspace_id, v_batch.batch_day, v_batch.batch_id, p_now);
     end loop;
-
-    -- Ready rows last, in order; a claim that holds one reads the flows after it has locked it.
-    for v_flow in
-        select c.resource_id, min(c.visible_at) as due_at
-        from unnest(p_changed) c
-        where c.becomes = 'pending'
-        group by c.resource_id
-        order by c.resource_id
-    loop
-        update ready r
-        set next_at = v_flow.due_at
-        where r.workspace_id = p_workspace_id
-            and r.resource_id = v_flow.resource_id
-            and r.next_at > v_flow.due_at;
-    end loop;
 end
 $$;
 comment on function flows_change(uuid, settled_item[], timestamptz, jsonb) is
     'Counters, events and ends that follow from items'' transitions.';
 
--- The virtual time at which a flow of a resource (re-)enters: that of the one served next.
+-- Make known when resources have work again, and at once where capacity was given back to waiting work.
+-- Every row is locked before it is looked at: a claim beside us may be about to say that nothing waits, having
+-- seen neither our items nor our refund. The last locks of a transaction, all in one order.
+create or replace function ready_change(
+    p_workspace_id uuid, p_changed settled_item[], p_refunded uuid[], p_now timestamptz
+)
+returns void
+language plpgsql volatile
+as $$
+declare
+    v_due record;
+begin
+    for v_due in
+        select d.resource_id, min(d.due_at) as due_at, bool_or(d.refunded) as refunded
+        from (
+            select c.resource_id, c.visible_at as due_at, false as refunded
+            from unnest(p_changed) c
+            where c.becomes = 'pending'
+            union all
+            select r, null, true from unnest(p_refunded) r
+        ) d
+        group by d.resource_id
+        order by d.resource_id
+    loop
+        perform 1 from ready r
+        where r.workspace_id = p_workspace_id and r.resource_id = v_due.resource_id
+        for no key update;
+        update ready r
+        set next_at = least(
+            v_due.due_at, case when v_due.refunded and r.next_at < 'infinity' then p_now end)
+        where r.workspace_id = p_workspace_id
+            and r.resource_id = v_due.resource_id
+            and r.next_at > least(
+                v_due.due_at, case when v_due.refunded and r.next_at < 'infinity' then p_now end);
+    end loop;
+end
+$$;
+comment on function ready_change(uuid, settled_item[], uuid[], timestamptz) is
+    'Make known when resources have work or capacity again.';
+
+-- The virtual time at which a flow of a resource (re-)enters: that of the one served next, or else of the one
+-- served last. A flow that waits for later retries is neither.
 create or replace function flow_entry(p_workspace_id uuid, p_resource_id uuid)
 returns double precision
 language sql stable
 as $$
-    select coalesce(min(f.virtual_time), 0)
+    select coalesce(
+        min(f.virtual_time) filter (
+            where f.unstarted > 0
+                or f.pending > 0 and exists (
+                    select from items i
+                    where i.workspace_id = f.workspace_id
+                        and i.batch_day = f.batch_day
+                        and i.batch_id = f.batch_id
+                        and i.resource_id = f.resource_id
+                        and i.status = 'pending'
+                        and i.attempt > 0
+                        and i.visible_at <= clock_timestamp()
+                )
+        ),
+        max(f.virtual_time),
+        0
+    )
     from flows f
     where f.workspace_id = p_workspace_id
         and f.resource_id = p_resource_id
         and f.is_open
         and not f.is_paused
         and not f.is_cancelled
-        and f.pending > 0
 $$;
 comment on function flow_entry(uuid, uuid) is 'Virtual time at which a flow of a resource enters.';
 

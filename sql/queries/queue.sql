@@ -82,12 +82,12 @@ order by workspace_id, batch_id
 limit %(most)s;
 
 -- name: ready_recompute
--- The safety net of ready: set it to now where claimable work waits but no look is due. Locks ready rows of few
--- resources in key order; a claim that is at work on one is passed over.
+-- The safety net of ready: set it to now where claimable work waits and nobody will look (infinity; a finite time
+-- is a wait for capacity). Locks ready rows of few resources in key order; one that a claim is at work on is passed over.
 with behind as (
     select r.workspace_id, r.resource_id
     from ready r
-    where r.next_at > clock_timestamp() + interval '30 seconds'
+    where r.next_at = 'infinity'
         and exists (
             select from flows f
             where f.workspace_id = r.workspace_id

@@ -40,7 +40,7 @@ class Service:
     key: str
     key_id: UUID
     http: httpx.AsyncClient
-    context: Context
+    app: Litestar
     worker_id: UUID = field(default_factory=uuid7)
 
     @property
@@ -50,6 +50,10 @@ class Service:
     @property
     def tenant(self) -> str:
         return f"{self.environment.workspace_id}/{self.environment.environment_id}"
+
+    @property
+    def context(self) -> Context:
+        return self.app.state.context
 
     @property
     def hub(self) -> Hub:
@@ -276,5 +280,5 @@ async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
             key=key,
             key_id=key_id,
             http=http,
-            context=apps[0].state.context,
+            app=apps[0],
         )

@@ -109,7 +109,7 @@ def test_nesting_deeper_than_one_expression_is_measured(depth: int, step: int) -
         ('{"a":1 "b":2}', "expected } or ,"),
         ('{"a":1,}', "name in quotes"),
         ('{"a"}', "expected :"),
-        ('{a:1}', "name in quotes"),
+        ("{a:1}", "name in quotes"),
         ('{"items":[1],"items":[2]}', "comes twice"),
         ('{"a":1,"a":2}', "comes twice"),
         ('{"a":1,"\\u0061":2}', "comes twice"),
