@@ -53,3 +53,5 @@ def configure(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     root.propagate = False
+    # The pool reports every try of every connection while a database is away; we say it once.
+    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)

@@ -43,17 +43,18 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=3000, help="generated questions, without --file")
     parser.add_argument("--rpm", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--concurrency", type=int, default=200)
-    parser.add_argument("--latency-ms", type=float, default=400)
+    parser.add_argument("--concurrency", type=int, default=20, help="calls in flight per worker")
+    parser.add_argument("--latency-ms", type=float, default=1000)
     parser.add_argument("--kill-every", type=float, default=4.0, help="seconds between kills")
     parser.add_argument("--no-kills", action="store_true", help="the same run left in peace")
     parser.add_argument("--postgres-kill-at", type=float, default=45.0, help="seconds; 0: never")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="600 items at 600 per minute")
+    parser.add_argument("--quick", action="store_true", help="600 items at 600 per minute, under a minute")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.items, options.rpm, options.postgres_kill_at = 600, 600, 10.0
+        options.kill_every = 2.0
     with tempfile.TemporaryDirectory(prefix="sluice-chaos-") as home:
         failed = asyncio.run(Chaos(options, Path(home)).run())
     sys.exit(1 if failed else 0)
@@ -242,7 +243,7 @@ class Chaos:
             ).fetchone()
         assert row is not None
         completed, results, answered, lost, deadlocks = (int(n or 0) for n in row)
-        findings = await doctor.examine(settings.load({"home": self.home}))
+        findings = await doctor.examine(settings.load({"home": self.home}), url=server.url, keyring=None)
         log = server.log_file.read_text(errors="replace")
         seconds: list[int] = report["accepted_per_second"]
         first = next((n for n, calls in enumerate(seconds) if calls), 0)
@@ -263,7 +264,7 @@ class Chaos:
             "bodies_answered_twice": report["answered_twice"],
             "share_of_limit_s60_180": round(share, 4),
             "deadlocks": deadlocks + log.count("deadlock detected"),
-            "doctor": [finding.message for finding in findings if not finding.is_good],
+            "doctor": [finding.what for finding in findings if not finding.is_well],
         }
         for name, value in figures.items():
             print(f"{name:26} {value}")

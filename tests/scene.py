@@ -338,6 +338,11 @@ class Scene:
                 scope_id=scope_id or self.resource_ids[resource],
                 amounts=_amounts(requests, tokens),
             )
+            # Whoever changes limits has a look taken (batches.resume).
+            await conn.execute(
+                "update ready set next_at = clock_timestamp() where workspace_id = %s",
+                (self.workspace_id,),
+            )
 
     async def size(self, batch: Batch, sizes: Sequence[tuple[int, int]]) -> None:
         """Give the first items these estimates of input and output tokens."""
@@ -459,7 +464,10 @@ RECOUNT_LEDGER = """
         group by 1, 2, 3
     )
     select g.*, r.*
-    from (select g.* from ledger g join tenant using (workspace_id)) g
+    from (
+        select g.* from ledger g join tenant using (workspace_id)
+        join limits using (workspace_id, limit_id)
+    ) g
     full join recount r using (workspace_id, limit_id, slot_at)
     where (coalesce(g.requests, 0), coalesce(g.input_tokens, 0), coalesce(g.output_tokens, 0))
         <> (coalesce(r.requests, 0), coalesce(r.input_tokens, 0), coalesce(r.output_tokens, 0))

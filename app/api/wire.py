@@ -456,6 +456,19 @@ def _storable(value: object) -> object:
     return value
 
 
+# Not pydantic's strict mode: Litestar's plugin calls it in a way that overrides a field's own.
+def _whole(value: object) -> object:
+    if type(value) is not int:
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _boolean(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")  # noqa: TRY004 - pydantic wants ValueError
+    return value
+
+
 Text = Annotated[str, BeforeValidator(_storable)]
 Name = Annotated[str, BeforeValidator(_storable), Field(min_length=1, max_length=200)]
 Keyed = Annotated[dict[str, Any], BeforeValidator(_storable)]
@@ -469,8 +482,8 @@ class _Sent(BaseModel):
     )
 
 
-Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Flag = Annotated[bool, BeforeValidator(_boolean)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**53)]
 
 
 class CapacityEntry(_Sent):
@@ -521,8 +534,8 @@ class BatchHead(_Sent):
     type: Annotated[WireType, BeforeValidator(_upper)]
     name: Name | None = None
     metadata: Keyed = Field(default_factory=dict)
-    priority: Annotated[int, Field(strict=True, ge=-100, le=100)] = 0
-    max_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] | None = None
+    priority: Annotated[int, BeforeValidator(_whole), Field(ge=-100, le=100)] = 0
+    max_attempts: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=100)] | None = None
     idempotency_key: Name | None = None
     capacity: list[Any] | None = None
     callback_options: dict[str, Any] | None = None
@@ -590,7 +603,7 @@ class ConnectionCreate(_Sent):
     headers: dict[Text, Text] | None = None
     allowed_models: list[Text] | None = None
     capacity: Capacity | None = None
-    timeout_ms: Annotated[int, Field(strict=True, ge=100, le=600_000)] | None = None
+    timeout_ms: Annotated[int, BeforeValidator(_whole), Field(ge=100, le=600_000)] | None = None
 
     @field_validator("base_url")
     @classmethod
@@ -625,7 +638,7 @@ class ResourceCreate(_Sent):
     default_args: Keyed | None = None
     capacity: Capacity | None = None
     enforce_capacity: Flag | None = None
-    timeout_ms: Annotated[int, Field(strict=True, ge=100, le=600_000)] | None = None
+    timeout_ms: Annotated[int, BeforeValidator(_whole), Field(ge=100, le=600_000)] | None = None
     assign_api_keys: Annotated[list[UUID], Field(max_length=1000)] | None = None
     use_fallback: Flag | None = None
     fallback_models: list[Any] | None = None

@@ -4,8 +4,8 @@
 -- name: items_page
 -- Items of a batch from a number on, in order, optionally only those of one status.
 select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures,
-    i.input_tokens as estimated_input_tokens, i.visible_at, i.claimed_at, coalesce(i.ended_at, b.cancelled_at)
-        as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
+    i.input_tokens as estimated_input_tokens, i.visible_at, coalesce(i.claimed_at, a.claimed_at) as claimed_at,
+    coalesce(i.ended_at, b.cancelled_at) as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
     r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code, r.error_message
 from batches b
 join items i on i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
@@ -24,6 +24,12 @@ left join item_results r on r.workspace_id = i.workspace_id
     and r.batch_day = i.batch_day
     and r.batch_id = i.batch_id
     and r.seq = i.seq
+left join attempts a on a.workspace_id = r.workspace_id
+    and a.batch_day = r.batch_day
+    and a.batch_day = %(batch_day)s
+    and a.batch_id = r.batch_id
+    and a.seq = r.seq
+    and a.attempt = r.attempt
 where b.workspace_id = %(workspace_id)s
     and b.batch_id = %(batch_id)s
     and i.batch_day = %(batch_day)s
@@ -36,8 +42,8 @@ limit %(most)s;
 -- name: items_some
 -- Given items of a batch, in order: what an events frame needs.
 select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures,
-    i.input_tokens as estimated_input_tokens, i.visible_at, i.claimed_at, coalesce(i.ended_at, b.cancelled_at)
-        as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
+    i.input_tokens as estimated_input_tokens, i.visible_at, coalesce(i.claimed_at, a.claimed_at) as claimed_at,
+    coalesce(i.ended_at, b.cancelled_at) as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
     r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code, r.error_message
 from batches b
 join items i on i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
@@ -56,6 +62,12 @@ left join item_results r on r.workspace_id = i.workspace_id
     and r.batch_day = i.batch_day
     and r.batch_id = i.batch_id
     and r.seq = i.seq
+left join attempts a on a.workspace_id = r.workspace_id
+    and a.batch_day = r.batch_day
+    and a.batch_day = %(batch_day)s
+    and a.batch_id = r.batch_id
+    and a.seq = r.seq
+    and a.attempt = r.attempt
 where b.workspace_id = %(workspace_id)s
     and b.batch_id = %(batch_id)s
     and i.batch_day = %(batch_day)s

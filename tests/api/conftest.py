@@ -149,6 +149,9 @@ class Service:
 
     # Streams --------------------------------------------------------------------------------------
 
+    def reader(self, answer: httpx.Response) -> "Reader":
+        return Reader(answer)
+
     @asynccontextmanager
     async def follow(
         self, batch: Mapping[str, Any], *, headers: Mapping[str, str] | None = None, **params: str

@@ -67,6 +67,10 @@ class Provider:
 
         self._do(change())
 
+    def drop_calls(self) -> None:
+        """Cut every connection, so that nobody waits for what takes long."""
+        self._do(self._simulator.stop())
+
     def stop(self) -> None:
         self._do(self._simulator.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)

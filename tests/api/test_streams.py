@@ -1,0 +1,333 @@
+"""Streams of events: order, resume, views, terminators, and what happens when things go away."""
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import httpx
+import psycopg
+import pytest
+
+from app.api import streams
+from app.events import Event
+from app.ids import created_on, uuid7
+from app.settings import Settings
+from tests.api.conftest import Service
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for something that happens in this loop, within a deadline."""
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_sync_stream_tells_everything_in_order(service: Service) -> None:
+    body = {"type": "SYNC", "items": [service.item("a"), service.item("b")]}
+    async with service.http.stream("POST", service.batches, json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["x-accel-buffering"] == "no"
+        assert answer.headers["connection"] == "keep-alive"
+        stream = service.reader(answer)
+        created = await stream.event()
+        assert created is not None
+        number, action, batch = created
+        assert (number, action, batch["type"]) == (1, "batch-created", "SYNC")
+        assert [i["status"] for i in batch["items"]] == ["PENDING"] * 2
+        assert batch["completedPercentage"] == 0
+        one, two = await service.claim()
+        await service.settle([two])
+        await service.fail([one])
+        told = await stream.rest()
+    assert [(n, a) for n, a, _ in told] == [
+        (2, "batch-running"),
+        (3, "item-running"),
+        (4, "item-running"),
+        (5, "item-completed"),
+        (6, "item-failed"),
+        (7, "batch-failed"),
+    ]
+    # Every payload shows the state that its event is about, also when told later.
+    states = {a: p["status"] for _, a, p in told}
+    assert states["item-running"] == "RUNNING"
+    running, failed = told[1][2], told[4][2]
+    assert (running["response"], running["completedAt"], running["errorCode"]) == (None, None, None)
+    assert (failed["status"], failed["response"]) == ("FAILED", None)
+    assert failed["errorMessage"] == "the provider said no"
+    assert told[3][2]["response"]["data"]["id"] == "chatcmpl-1"
+    last = told[-1][2]
+    assert (last["status"], last["completed"], last["failed"], last["pending"]) == (
+        "FAILED",
+        1,
+        1,
+        0,
+    )
+    assert last["completedPercentage"] == 100
+    assert last["completedAt"]
+    assert last["totalOutputTokens"] == 3
+
+
+async def test_it_resumes_after_any_number(service: Service) -> None:
+    batch = await service.create("a", "b")
+    await service.work()
+    async with service.follow(batch) as stream:
+        whole = await stream.rest()
+    assert [n for n, _, _ in whole] == list(range(1, len(whole) + 1))
+    for number, _, _ in whole:
+        for headers, after in (
+            ({"last-event-id": str(number)}, None),
+            ({}, str(number)),
+            ({"last-event-id": str(number)}, "0"),
+        ):
+            params = {} if after is None else {"after": after}
+            async with service.follow(batch, headers=headers, **params) as stream:
+                assert await stream.rest() == whole[number:]
+
+
+@pytest.mark.parametrize("given", ["x", "-1", "1.5", "99999999999999999999", "1 2", "٣"])
+async def test_a_position_that_is_no_number_is_refused(service: Service, given: str) -> None:
+    batch = await service.create()
+    path = f"{service.batches}/{batch['batchId']}/events"
+    by_query = await service.http.get(path, params={"after": given})
+    by_header = await service.http.get(path, headers={"last-event-id": given.encode()})
+    assert (by_query.status_code, by_header.status_code) == (400, 400)
+    assert by_header.json()["details"]["errors"][0]["path"] == "Last-Event-ID"
+
+
+async def test_slim_tells_without_texts(service: Service) -> None:
+    batch = await service.create("a")
+    await service.work()
+    async with service.follow(batch, slim="true") as stream:
+        told = await stream.rest()
+    assert len(told) == 5
+    for _, action, payload in told:
+        assert not {"items", "request", "response"} & payload.keys(), action
+    assert told[3][2]["outputTokens"] == 3
+    answer = await service.http.get(f"{service.batches}/{batch['batchId']}/events?slim=maybe")
+    assert answer.status_code == 400
+
+
+async def test_strict_tells_documented_actions_only(service: Service) -> None:
+    batch = await service.create("a", "b")
+    taken = await service.claim()
+    await service.retry(taken[:1])
+    await service.settle(taken[1:])
+    await service.work()
+    async with service.follow(batch) as stream:
+        everything = [a for _, a, _ in await stream.rest()]
+    assert {"batch-running", "item-retrying"} < set(everything)
+    async with service.follow(batch, strict="true") as stream:
+        told = await stream.rest()
+    assert [a for _, a, _ in told] == [a for a in everything if a in streams.DOCUMENTED]
+    other = await service.create("a")
+    await service.http.post(f"{service.batches}/{other['batchId']}/cancel")
+    async with service.follow(other, strict="true") as stream:
+        assert [a for _, a, _ in await stream.rest()] == ["batch-created"]
+
+
+async def test_a_retry_shows_the_item_as_pending(service: Service) -> None:
+    batch = await service.create("a")
+    await service.retry(await service.claim())
+    await service.work()
+    async with service.follow(batch) as stream:
+        told = {a: p for _, a, p in await stream.rest()}
+    assert told["item-retrying"]["status"] == "PENDING"
+    assert told["item-completed"]["retryCount"] == 1
+
+
+async def test_many_followers_see_the_same_and_leave_nothing_behind(service: Service) -> None:
+    batch = await service.create(*(["x"] * 300))
+    seen: list[list[int]] = []
+
+    async def follow(after: int) -> None:
+        async with service.follow(batch, after=str(after)) as stream:
+            seen.append([n for n, _, _ in await stream.rest()])
+
+    followers = [asyncio.create_task(follow(n % 3)) for n in range(9)]
+    await until(lambda: service.hub.followers == 9)
+    await service.work()
+    await asyncio.gather(*followers)
+    last = 1 + 1 + 300 + 300 + 1
+    assert sorted(seen) == sorted(list(range(n % 3 + 1, last + 1)) for n in range(9))
+    await until(lambda: service.hub.followers == 0)
+
+
+async def test_followers_at_one_number_share_one_reading(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await service.create("a")
+    readings: list[int] = []
+    read = streams.Hub._read
+
+    async def counted(
+        hub: streams.Hub, followed: streams._Followed, after: int, view: streams.View
+    ) -> streams.Chunk:
+        readings.append(after)
+        return await read(hub, followed, after, view)
+
+    monkeypatch.setattr(streams.Hub, "_read", counted)
+
+    async def follow() -> int:
+        async with service.follow(batch) as stream:
+            return len(await stream.rest())
+
+    async with service.db.transaction() as conn:
+        await conn.execute("lock table events in access exclusive mode")
+        followers = [asyncio.create_task(follow()) for _ in range(5)]
+        await until(lambda: service.hub.followers == 5)
+        service.hub.heard("", None)
+        assert readings == [0]
+    await service.work()
+    assert await asyncio.gather(*followers) == [5] * 5
+
+
+async def test_a_client_that_leaves_is_noticed_at_once(service: Service) -> None:
+    batch = await service.create()
+    async with service.follow(batch) as stream:
+        await stream.event()
+        assert service.hub.followers == 1
+    await until(lambda: service.hub.followers == 0)
+    assert not service.hub._followed
+
+
+async def test_a_ring_wakes_sooner_than_the_safety_look(service: Service) -> None:
+    service.hub._look_s = 3600
+    batch = await service.create()
+    async with service.follow(batch) as stream:
+        await stream.event()
+        await service.work()
+        service.context.ringer.ring("sluice_events", [streams.UUID(batch["batchId"])])
+        async with asyncio.timeout(5):
+            assert len(await stream.rest()) == 4
+
+
+async def test_a_lost_ring_delays_only(service: Service) -> None:
+    batch = await service.create()
+    async with service.follow(batch) as stream:
+        await stream.event()
+        await service.work()  # nobody rings
+        assert len(await stream.rest()) == 4
+
+
+class TestPing:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(port=0, sse_keepalive_s=0.05)
+
+    async def test_a_silent_stream_shows_that_it_lives(self, service: Service) -> None:
+        batch = await service.create()
+        async with service.follow(batch, after="1") as stream:
+            assert [await stream.block() for _ in range(3)] == [": ping"] * 3
+
+    async def test_a_stream_outlives_the_database(self, service: Service, cluster: str) -> None:
+        """While the database refuses everybody it pings; afterwards it goes on where it was."""
+        batch = await service.create()
+        name = str(psycopg.conninfo.conninfo_to_dict(service.db.url)["dbname"])
+        async with service.follow(batch) as stream:
+            await stream.event()
+            with psycopg.connect(cluster, autocommit=True) as conn:
+                conn.execute(f"alter database {name} allow_connections false".encode())
+                conn.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s",
+                    (name,),
+                )
+                for _ in range(40):
+                    assert await stream.block() == ": ping"
+                conn.execute(f"alter database {name} allow_connections true".encode())
+            await service.work()
+            assert len(await stream.rest()) == 4
+
+
+async def test_a_batch_that_vanishes_ends_its_stream_with_an_error(service: Service) -> None:
+    batch = await service.create()
+    async with service.follow(batch) as stream:
+        await stream.event()
+        async with service.db.connection() as conn:
+            await conn.execute("delete from batches")
+        blocks = [await stream.block(), await stream.block(), await stream.block()]
+    assert json.loads((blocks[0] or "").removeprefix("data: ")) == {
+        "error": {"message": "This batch no longer exists.", "code": "COMPLETION_BATCH_NOT_FOUND"}
+    }
+    assert blocks[1:] == ["data: [ERROR]", None]
+
+
+async def test_a_bug_ends_a_stream_without_telling_its_text(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await service.create()
+
+    async def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("app.api.streams._after", broken)
+    async with service.follow(batch) as stream:
+        blocks = [await stream.block(), await stream.block(), await stream.block()]
+    assert "INTERNAL_SERVER_ERROR" in (blocks[0] or "")
+    assert "secret" not in (blocks[0] or "")
+    assert blocks[1:] == ["data: [ERROR]", None]
+
+
+async def test_failed_items_put_back_go_on_after_the_end(service: Service) -> None:
+    """A redriven batch has a last event in the middle of its history."""
+    batch = await service.create("a")
+    await service.fail(await service.claim())
+    async with service.db.transaction() as conn:
+        await streams.batches.redrive(
+            conn,
+            workspace_id=service.environment.workspace_id,
+            batch_id=streams.UUID(batch["batchId"]),
+        )
+    async with service.follow(batch) as stream:
+        told: list[str] = []
+        while "item-retrying" not in told:
+            event = await stream.event()
+            assert event is not None
+            told.append(event[1])
+        assert "batch-failed" in told
+        await service.work()
+        assert (await stream.rest())[-1][1] == "batch-completed"
+
+
+def test_frames_never_break_a_line() -> None:
+    event = Event(no=3, kind="batch-created", at=created_at(), seq=None)
+    payload = '{\r\n "a":\n"\u2028\u2029\u0085é😀"}'.encode()
+    told = streams.frame(event, payload).decode()
+    assert told == (
+        'id: 3\ndata: {"action":"batch-created","payload":{   "a": "\\u2028\\u2029\\u0085é😀"}}\n\n'
+    )
+    assert len(told.splitlines()) == 3
+
+
+def created_at() -> streams.batches.datetime:
+    day = created_on(uuid7())
+    return streams.batches.datetime(day.year, day.month, day.day, tzinfo=streams.wire.UTC)
+
+
+async def test_streams_end_when_the_server_stops(service: Service) -> None:
+    batch = await service.create()
+    async with service.follow(batch) as stream:
+        await stream.event()
+        service.hub.close()
+        with pytest.raises(AssertionError, match="without a terminator"):
+            await stream.event()
+
+
+async def test_other_requests_go_on_beside_many_streams(service: Service) -> None:
+    batch = await service.create()
+    limits = httpx.Limits(max_connections=200)
+    async with httpx.AsyncClient(
+        base_url=service.url, headers=service.http.headers, limits=limits, trust_env=False
+    ) as http:
+
+        async def follow() -> int:
+            path = f"{service.batches}/{batch['batchId']}/events"
+            async with http.stream("GET", path) as answer:
+                return sum([1 async for line in answer.aiter_lines() if line.startswith("id")])
+
+        followers = [asyncio.create_task(follow()) for _ in range(100)]
+        await until(lambda: service.hub.followers == 100)
+        assert (await service.get(f"{service.batches}/{batch['batchId']}"))["status"] == "PENDING"
+        await service.work()
+        assert await asyncio.gather(*followers) == [5] * 100

@@ -1,0 +1,257 @@
+"""Services and their processes: up, worker, simulate, and the commands that talk to a server."""
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from tests.cli.conftest import Cli, Provider, until
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        pytest.fail(f"exit code {process.wait()}: {process.communicate()[1]}")
+    return line
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> str:
+    """Signal it and wait; what it said on standard error."""
+    process.send_signal(number)
+    _, complaints = process.communicate(timeout=30)
+    return complaints
+
+
+@pytest.fixture
+def up(cli: Cli) -> Iterator[dict[str, Any]]:
+    """A service in one process; what it told when it was ready."""
+    process = cli.start("up", "--json", "--port", "0")
+    told: dict[str, Any] = json.loads(first_line(process))
+    yield told
+    complaints = end(process)
+    assert process.returncode == 0, complaints
+    assert "Traceback" not in complaints
+
+
+def whoami(told: dict[str, Any]) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {told['key']}"}
+    answer: dict[str, Any] = httpx.get(f"{told['url']}/v1/whoami", headers=headers).json()
+    return answer
+
+
+def test_up_tells_how_to_enter_when_it_is_ready(up: dict[str, Any]) -> None:
+    assert sorted(up) == ["environmentId", "key", "url", "workspaceId"]
+    known = whoami(up)
+    assert known["workspaceId"] == up["workspaceId"]
+    assert known["environmentId"] == up["environmentId"]
+
+
+def test_embedded_up_shows_its_key_again(cli: Cli) -> None:
+    """In a home of its own: the database, the secret key and the bootstrap key."""
+    del cli.env["SLUICE_DATABASE_URL"], cli.env["SLUICE_SECRET_KEY"]
+    seen: list[dict[str, Any]] = []
+    for _ in range(2):
+        process = cli.start("up", "--json", "--port", "0")
+        told = json.loads(first_line(process))
+        assert whoami(told)["workspaceId"] == told["workspaceId"]
+        seen.append({k: v for k, v in told.items() if k != "url"})
+        end(process)
+        assert process.returncode == 0
+    assert seen[0] == seen[1]
+    for name in ("bootstrap-key", "secret-key"):
+        mode = stat.S_IMODE((cli.folder / "home" / name).stat().st_mode)
+        assert mode == 0o600
+    checked = cli.run("doctor")
+    assert checked.exit_code == 0, checked.output
+
+
+def test_key_of_a_given_database_is_shown_once(cli: Cli, up: dict[str, Any]) -> None:
+    assert up["key"]
+    process = cli.start("serve", "--port", "0")
+    told = ""
+    while "API guide" not in told:
+        told += first_line(process)
+    end(process)
+    assert process.returncode == 0
+    assert "use the one you were given" in told
+    assert up["workspaceId"] in told
+
+
+def test_port_in_use_is_one_sentence(cli: Cli) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = cli.run("serve", "--port", str(port))
+        simulated = cli.run("simulate", "--port", str(port))
+    assert ended.exit_code == 1
+    assert f"Port {port} on 127.0.0.1 is in use" in ended.stderr
+    assert simulated.exit_code == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in simulated.stderr
+    assert "Traceback" not in ended.output + simulated.output
+
+
+def test_server_answers_a_file_and_its_batches_can_be_seen(
+    cli: Cli, up: dict[str, Any], provider: Provider
+) -> None:
+    cli.questions(["one", "two ", "two"])
+    at = ["--server", up["url"], "--key", up["key"]]
+    command = ["run", "q.csv", "--prompt", "Say {text}", "--base-url", provider.url]
+    command += ["--model", "m", "--rpm", "600", "--output", "out.csv", *at]
+    ended = cli.run(*command)
+    assert ended.exit_code == 0, ended.output
+    assert [row["text"] for row in cli.rows()] == ["one", "two ", "two"]
+    assert all(row["answer"].startswith("[simulated]") for row in cli.rows())
+    assert cli.run(*command).exit_code == 0
+    assert provider.report()["received"] == 3
+    batch = re.search(r"Batch (\S+)", ended.stderr)
+    assert batch is not None
+    listed = cli.run("batches", "list", *at).stdout
+    assert listed.count("completed") == 1
+    assert batch[1] in listed
+    assert "answered    3" in cli.run("batches", "show", batch[1], *at).stdout
+    assert cli.run("batches", "watch", batch[1], *at).exit_code == 0
+    refused = cli.run("batches", "cancel", batch[1], *at)
+    assert refused.exit_code == 1
+    assert "already ended" in refused.stderr
+
+
+def test_detaching_leaves_the_server_at_work(
+    cli: Cli, up: dict[str, Any], provider: Provider
+) -> None:
+    provider.change(latency_ms=60_000.0)
+    cli.questions(["one"])
+    at = ["--server", up["url"], "--key", up["key"]]
+    command = ["run", "q.csv", "--prompt", "{text}", "--base-url", provider.url, "--model", "m"]
+    process = cli.start(*command, *at)
+    until(lambda: provider.report()["in_flight"] == 1, what="it is asked", by=process)
+    complaints = end(process, signal.SIGINT)
+    assert process.returncode == 130
+    found = re.search(r"sluice batches cancel (\S+)", complaints)
+    assert found is not None
+    assert "sluice batches watch" in complaints
+    cancelled = cli.run("batches", "cancel", found[1], *at)
+    assert "state       cancelled" in cancelled.stdout
+    provider.drop_calls()
+
+
+def test_wrong_key_and_silent_server_are_told(cli: Cli, up: dict[str, Any]) -> None:
+    wrong = cli.run("batches", "list", "--server", up["url"], "--key", "slk_wrong")
+    assert wrong.exit_code == 1
+    assert "does not know this key" in wrong.stderr
+    silent = cli.run("batches", "list", "--server", "http://127.0.0.1:9", "--key", "slk_x")
+    assert silent.exit_code == 1
+    assert "does not answer" in silent.stderr
+    assert cli.run("batches", "list").exit_code == 2
+
+
+# Worker processes -----------------------------------------------------------------------------------
+
+
+class Workers:
+    """What the database knows of workers."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def pids(self) -> set[int]:
+        with psycopg.connect(self._url) as conn:
+            found = conn.execute("select pid from workers where stopped_at is null").fetchall()
+        return {row[0] for row in found}
+
+    def stopped(self) -> int:
+        with psycopg.connect(self._url) as conn:
+            row = conn.execute("select count(*) from workers where stopped_at is not null")
+            return int((row.fetchone() or [0])[0])
+
+
+def test_worker_processes_stop_together(cli: Cli, migrated: str) -> None:
+    workers = Workers(migrated)
+    parent = cli.start("worker", "--processes", "2")
+    until(lambda: len(workers.pids()) == 2, what="two workers live", by=parent)
+    assert parent.pid not in workers.pids()
+    complaints = end(parent)
+    assert parent.returncode == 0, complaints
+    assert workers.stopped() == 2
+
+
+def test_crashed_worker_process_is_replaced_and_none_outlives_its_parent(
+    cli: Cli, migrated: str
+) -> None:
+    workers = Workers(migrated)
+    parent = cli.start("worker", "--processes", "2")
+    until(lambda: len(workers.pids()) == 2, what="two workers live", by=parent)
+    killed = min(workers.pids())
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: len(workers.pids() - {killed}) == 2, what="it is replaced", by=parent)
+    parent.kill()
+    until(lambda: workers.pids() <= {killed}, what="the children stop")
+    until(lambda: workers.stopped() == 2, what="the children have said goodbye")
+
+
+def test_worker_refuses_a_database_that_was_not_migrated(cli: Cli, database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute("drop table if exists alembic_version")
+    ended = cli.run("worker")
+    assert ended.exit_code == 1
+    assert "Run: sluice migrate" in ended.stderr
+
+
+# The rest -------------------------------------------------------------------------------------------
+
+
+def test_simulator_says_where_it_is(cli: Cli) -> None:
+    process = cli.start("simulate", "--port", "0", "--rpm", "5", "--require-key", "k")
+    found = re.search(r"http://\S+/v1", first_line(process))
+    assert found is not None
+    refused = httpx.post(f"{found[0]}/chat/completions", json={"model": "m", "messages": []})
+    assert refused.status_code == 401
+    end(process, signal.SIGINT)
+    assert process.returncode == 0
+
+
+def test_demo_shows_answers_and_works_again(cli: Cli) -> None:
+    for _ in range(2):
+        ended = cli.run("demo", "--limit", "12")
+        assert ended.exit_code == 0, ended.output
+        assert "Answered 12 of 12 rows" in ended.stdout
+        assert ended.stdout.count("  answer  [simulated]") == 3
+        assert "What to try next" in ended.stdout
+    assert len(cli.rows("tickets.answers.csv")) == 12
+
+
+def test_explain_shows_a_plan(cli: Cli) -> None:
+    assert "batches_idempotency_key_unique" in cli.run("explain", "run_batches").stdout
+    unknown = cli.run("explain", "nothing")
+    assert unknown.exit_code == 2
+    assert "There is no statement 'nothing'" in unknown.stderr
+
+
+def test_throw_away_database_is_there_and_then_gone(cli: Cli) -> None:
+    process = cli.start("db")
+    url = first_line(process).strip()
+    with psycopg.connect(url) as conn:
+        assert conn.execute("select count(*) from batches").fetchone() == (0,)
+    place = Path(re.search(r"=(\S+?)&", url.replace("%2F", "/"))[1])  # pyright: ignore[reportOptionalSubscript]
+    assert place.exists()
+    end(process, signal.SIGINT)
+    assert not place.exists()
+
+
+def test_every_command_has_help(cli: Cli) -> None:
+    told = cli.run("--help").stdout
+    names = re.findall(r"^  ([a-z]+)  ", told.partition("Commands:")[2], re.MULTILINE)
+    assert {"run", "up", "serve", "worker", "migrate", "simulate", "doctor"} <= set(names)
+    for name in names:
+        ended = cli.run(name, "--help")
+        assert ended.exit_code == 0
+        assert ended.stdout.startswith("Usage: ")
