@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.request import urlopen
 
 from app import batches, doctor, embedded, migrate, settings, tenants
@@ -40,7 +40,9 @@ from app.secrets import Keyring, load_or_create_key_file
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--file", type=Path, help="CSV with a column text")
-    parser.add_argument("--items", type=int, default=3000, help="generated questions, without --file")
+    parser.add_argument(
+        "--items", type=int, default=3000, help="generated questions, without --file"
+    )
     parser.add_argument("--rpm", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=20, help="calls in flight per worker")
@@ -49,7 +51,9 @@ def main() -> None:
     parser.add_argument("--no-kills", action="store_true", help="the same run left in peace")
     parser.add_argument("--postgres-kill-at", type=float, default=45.0, help="seconds; 0: never")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="600 items at 600 per minute, under a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="600 items at 600 per minute, under a minute"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
@@ -68,7 +72,7 @@ class Chaos:
         self.home = home
         self.random = random.Random(options.seed)  # noqa: S311 - reproducible mischief
         self.environment = {
-            **os.environ,
+            **os.environ,  # noqa: TID251 - for the programs it starts
             "SLUICE_HOME": str(home),
             "SLUICE_CONCURRENCY": str(options.concurrency),
             "SLUICE_LOG_LEVEL": "warning",
@@ -86,12 +90,12 @@ class Chaos:
                 scope, batch = await self.submit(db, texts, provider)
                 self.workers = [self.start_worker() for _ in range(self.options.workers)]
                 took_s = await self.watch(db, scope, batch, server)
-                report = json.loads(urlopen(f"{provider}/report", timeout=10).read())  # noqa: S310 - ours
+                report = await asyncio.to_thread(self.report, provider)
                 for worker in self.workers:
                     worker.terminate()
                 for worker in self.workers:
                     worker.wait(60)
-                return await self.judge(db, scope, batch, report, len(texts), took_s, server)
+                return not await self.is_good(db, server, report, len(texts), took_s)
         finally:
             for process in (*self.workers, simulator):
                 if process.poll() is None:
@@ -109,7 +113,7 @@ class Chaos:
         options = self.options
         command = [sys.executable, "-m", "app.cli", "simulate", "--port", "0", "--seed", "1"]
         command += ["--rpm", str(options.rpm), "--latency-ms", str(options.latency_ms)]
-        process = subprocess.Popen(  # noqa: S603 - our own program
+        process = subprocess.Popen(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert process.stdout is not None
@@ -120,9 +124,7 @@ class Chaos:
         raise RuntimeError("the simulator did not start")
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(  # noqa: S603 - our own program
-            [sys.executable, "-m", "app.cli", "worker"], env=self.environment
-        )
+        return subprocess.Popen([sys.executable, "-m", "app.cli", "worker"], env=self.environment)
 
     async def submit(
         self, db: Database, texts: list[str], provider: str
@@ -209,7 +211,7 @@ class Chaos:
             except CONNECTION_ERRORS:
                 continue
             assert found is not None
-            if int(now - begun) % 15 == 0 and (now - begun) % 1 < 0.3:  # noqa: PLR2004 - now and then
+            if int(now - begun) % 15 == 0 and (now - begun) % 1 < 0.3:
                 print(
                     f"{now - begun:6.1f} s  done {found.ended}/{found.total_items}  "
                     f"running {found.running}  kills {self.kills}",
@@ -219,16 +221,19 @@ class Chaos:
                 return now - begun
         raise RuntimeError("the batch did not end within 20 minutes")
 
-    async def judge(
+    def report(self, provider: str) -> dict[str, Any]:
+        with urlopen(f"{provider}/report", timeout=10) as reply:  # noqa: S310 - our simulator's
+            return cast("dict[str, Any]", json.loads(reply.read()))
+
+    async def is_good(
         self,
         db: Database,
-        scope: tenants.Environment,
-        batch: NewBatch,
+        server: embedded.Embedded,
         report: dict[str, Any],
         items: int,
         took_s: float,
-        server: embedded.Embedded,
     ) -> bool:
+        """Print the figures; whether all that is promised held."""
         async with db.connection() as conn:
             row = await (
                 await conn.execute(
@@ -243,7 +248,9 @@ class Chaos:
             ).fetchone()
         assert row is not None
         completed, results, answered, lost, deadlocks = (int(n or 0) for n in row)
-        findings = await doctor.examine(settings.load({"home": self.home}), url=server.url, keyring=None)
+        findings = await doctor.examine(
+            settings.load({"home": self.home}), url=server.url, keyring=None
+        )
         log = server.log_file.read_text(errors="replace")
         seconds: list[int] = report["accepted_per_second"]
         first = next((n for n, calls in enumerate(seconds) if calls), 0)
@@ -270,9 +277,8 @@ class Chaos:
             print(f"{name:26} {value}")
         if self.options.json:
             self.options.json.write_text(json.dumps(figures, indent=2))
-        distinct = completed == results == items
-        return not (
-            distinct
+        return (
+            completed == results == items
             and report["over_limit"] == 0
             and report["refused"] == 0
             and report["called_twice"] <= lost

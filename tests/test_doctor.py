@@ -24,7 +24,7 @@ async def wrong(url: str, keyring: Keyring | None = KEYRING) -> list[Finding]:
 
 
 @pytest.fixture
-async def clean(database: str, db: Database) -> AsyncIterator[Connection]:
+async def clean(db: Database) -> AsyncIterator[Connection]:
     """A database at head with a batch of two items and a limit."""
     async with db.connection() as conn:
         await conn.execute(
@@ -69,7 +69,8 @@ async def clean(database: str, db: Database) -> AsyncIterator[Connection]:
         yield conn
 
 
-async def test_sound_deployment_has_nothing_to_mend(clean: Connection, database: str) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_sound_deployment_has_nothing_to_mend(database: str) -> None:
     assert await wrong(database) == []
 
 
@@ -90,14 +91,14 @@ async def test_dead_database_is_told() -> None:
     [
         ("update flows set total = total + 1, pending = pending + 1", "counters of 1 flows"),
         (
-            "insert into ledger select workspace_id, limit_id, slot_of(period, now()), 1, 0, 0"
-            " from limits",
+            """insert into ledger
+            select workspace_id, limit_id, slot_of(period, now()), 1, 0, 0 from limits""",
             "1 slots of the ledger differ",
         ),
         ("update flows set floor = 2, unstarted = 2", "2 unstarted items lie below the floor"),
         (
-            "insert into workers (worker_id, host, pid, version, heartbeat_at) values"
-            " (gen_random_uuid(), 'h', 1, 'v', now() - interval '1 hour')",
+            """insert into workers (worker_id, host, pid, version, heartbeat_at)
+            values (gen_random_uuid(), 'h', 1, 'v', now() - interval '1 hour')""",
             "1 workers fell silent",
         ),
         ("update ready set next_at = now() - interval '2 minutes'", "Work has been waiting"),
@@ -110,6 +111,7 @@ async def test_damage_is_found(clean: Connection, database: str, damage: str, to
     assert [told in f.what for f in found] == [True], found
 
 
-async def test_secrets_without_a_key_are_told(clean: Connection, database: str) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_secrets_without_a_key_are_told(database: str) -> None:
     (found,) = await wrong(database, keyring=None)
     assert "no key is configured" in found.what

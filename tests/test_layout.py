@@ -32,7 +32,7 @@ def test_readme_has_the_settings_as_they_are() -> None:
     assert settings.describe() in README, "put the output of app.settings.describe() into README.md"
 
 
-@pytest.mark.parametrize(("name", "command"), commands(main), ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "command"), commands(main), ids=str)
 def test_readme_names_every_command_with_its_own_words(name: str, command: click.Command) -> None:
     said = f"| `{name}` | {command.get_short_help_str(200)} |"
     assert said in README

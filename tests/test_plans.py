@@ -4,6 +4,7 @@ A plan made for an empty table once read 2.8 million index entries to update 500
 what Postgres itself says it read, so it catches any plan that scans, however fast the machine.
 """
 
+from app.db import Connection
 from tests.scene import Scene
 
 ITEMS = 4000
@@ -61,11 +62,8 @@ async def test_the_claim_does_not_walk_what_was_claimed_before(database: str) ->
         assert last < first * 1.6, costs
 
 
-async def _buffers(conn: object) -> float:
-    """Index entries that this connection's transactions have fetched from items so far."""
-    from app.db import Connection  # noqa: PLC0415 - only for the cast
-
-    assert isinstance(conn, Connection.__origin__)  # pyright: ignore[reportAttributeAccessIssue]
+async def _buffers(conn: Connection) -> float:
+    """Blocks of items and its indexes that were read so far."""
     await conn.execute("select pg_stat_force_next_flush()")
     row = await (
         await conn.execute(

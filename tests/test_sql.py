@@ -23,7 +23,7 @@ def queries() -> list[Query[object]]:
             continue
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, Query):
-                found[value.file, value.name] = value  # pyright: ignore[reportUnknownMemberType]
+                found[value.file, value.name] = value
     return [found[key] for key in sorted(found)]
 
 

@@ -31,12 +31,15 @@ from app.cli.progress import Progress, Snapshot, duration
 from app.cli.store import Store
 from app.db import CONNECTION_ERRORS, Connection, Database
 from app.doorbell import WORK, Ringer
-from app.errors import InputError, SecretError
+from app.errors import InputError, SecretError, UsageError
 from app.inputs import Input, Row, digest
 from app.maintenance import Maintenance
 from app.supervision import Supervisor
 from app.tenants import Resource
 from app.worker import Worker
+
+#: Where questions go when nothing else is said.
+OPENAI = "https://api.openai.com/v1"
 
 _WORKSPACE = "local"
 _ENVIRONMENT = "default"
@@ -117,14 +120,16 @@ async def run_locally(store: Store, job: Job) -> Ended:
         with Progress() as view:
             interrupt = _Interrupt(view)
             with on_signals(interrupt.first, interrupt.then):
+                running = _Run(store, db, job, run=run, view=view)
                 try:
-                    running = _Run(store, db, job, run=run, view=view)
                     sent = await running.prepare(before)
                     if sent:
                         await running.work(interrupt)
                 except asyncio.CancelledError:
                     if interrupt.exit_code is None:
                         raise
+                    with contextlib.suppress(*CONNECTION_ERRORS):
+                        await running.pause()
                     view.say("Stopped before anything was sent.")
                     return Ended(exit_code=interrupt.exit_code)
         tally = await running.write(before)
@@ -261,6 +266,8 @@ class _Run:
         found = await tenants.connection_named(
             conn, workspace_id=workspace_id, environment_id=environment_id, name=job.base_url
         )
+        if job.key is None and job.base_url == OPENAI and (found is None or found.secret is None):
+            raise UsageError(f"{OPENAI} needs a key: set OPENAI_API_KEY, or give --api-key.")
         if found is None:
             return await tenants.create_connection(
                 conn,
@@ -459,7 +466,7 @@ class _Run:
             await maintenance.stop()
         if interrupt.exit_code is not None:
             with contextlib.suppress(*CONNECTION_ERRORS):
-                await self._pause()
+                await self.pause()
         with contextlib.suppress(*CONNECTION_ERRORS):
             await self._look()
 
@@ -501,7 +508,8 @@ class _Run:
         if self._paused:
             await self._resume()
 
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
+        """Let no worker go on with the run until it is asked for again."""
         for batch in await self._read():
             if not batch.is_finished:
                 async with self._db.transaction() as conn:

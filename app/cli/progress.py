@@ -139,7 +139,7 @@ class Progress:
             told.append(f"{reason}, next in {snapshot.wait_s:.0f} s")
         rate = self._rate()
         if left and rate > 0:
-            told.append(f"about {duration(left / rate)} left")
+            told.append(f"about {duration(max(left / rate, snapshot.wait_s or 0.0))} left")
         return told
 
     def _rate(self) -> float:

@@ -6,19 +6,17 @@ from typing import Literal, NoReturn
 from urllib.parse import urlsplit
 
 import click
-import msgspec
 
 from app import settings
+from app.batches import parse_body
 from app.cli import client
 from app.cli.answers import default_output, usable_output
-from app.cli.local import Job, run_locally
+from app.cli.local import OPENAI, Job, run_locally
 from app.cli.processes import log_for_person, run_async
 from app.cli.remote import Errand, run_remotely
 from app.cli.store import open_store
 from app.errors import InputError, UsageError
 from app.inputs import Format, Input, open_input
-
-OPENAI = "https://api.openai.com/v1"
 
 _EPILOG = """\b
 FILE is CSV with a header (then --prompt says what to ask), JSON lines that are each the body of a
@@ -179,6 +177,8 @@ def usable_url(url: str, flag: str) -> str:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
+    if usable and "@" in urlsplit(url).netloc:
+        raise UsageError(f"{flag} must not hold a password; give the provider's key as --api-key.")
     if not usable:
         raise UsageError(f"{flag} '{url}' is not a URL; write it like http://127.0.0.1:8000/v1")
     return url.strip().rstrip("/")
@@ -192,18 +192,11 @@ def _model_of(given: Input) -> str:
     named: str | None = None
     for row in given.rows():
         place = f"{given.path} line {row.line}"
-        try:
-            model = msgspec.json.decode(row.body, type=_Model).model
-        except msgspec.DecodeError:
-            model = ""
-        if not model:
+        model = parse_body(row.body, most_bytes=len(row.body)).get("model")
+        if not isinstance(model, str) or not model:
             raise InputError(f"{place} names no model; {flag}")
         if named is not None and model != named:
             raise InputError(f"{place} names another model than the lines before; {flag} for all")
         named = model
     assert named is not None, "open_input found a row"
     return named
-
-
-class _Model(msgspec.Struct):
-    model: str = ""

@@ -124,14 +124,7 @@ class _Parent:
         crashes = 0
         while not self._stopping.is_set():
             begun = clock()
-            child = await asyncio.create_subprocess_exec(
-                *self._command, pass_fds=(self._lifeline,), start_new_session=True
-            )
-            self._children.add(child)
-            if self._stopping.is_set():  # while it was being started
-                child.send_signal(self._number)
-            code = await child.wait()
-            self._children.discard(child)
+            code = await self._run_child()
             if self._stopping.is_set():
                 return
             crashes = 0 if clock() - begun > _STEADY_S else crashes + 1
@@ -142,3 +135,18 @@ class _Parent:
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
             except TimeoutError:
                 continue
+
+    async def _run_child(self) -> int | str:
+        """Start a child and wait for its end; its exit code, or why it could not be started."""
+        try:
+            child = await asyncio.create_subprocess_exec(
+                *self._command, pass_fds=(self._lifeline,), start_new_session=True
+            )
+        except OSError as error:
+            return str(error.strerror)
+        self._children.add(child)
+        if self._stopping.is_set():  # while it was being started
+            child.send_signal(self._number)
+        code = await child.wait()
+        self._children.discard(child)
+        return code

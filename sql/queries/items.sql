@@ -5,8 +5,9 @@
 -- Items of a batch from a number on, in order, optionally only those of one status.
 select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures,
     i.input_tokens as estimated_input_tokens, i.visible_at, coalesce(i.claimed_at, a.claimed_at) as claimed_at,
-    coalesce(i.ended_at, b.cancelled_at) as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
-    r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code, r.error_message
+    coalesce(i.ended_at, b.cancelled_at) as ended_at, b.created_at, q.custom_id, q.body::text as request,
+    r.body::text as response, r.headers, r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code,
+    r.error_message
 from batches b
 join items i on i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
 join flows f on f.workspace_id = i.workspace_id
@@ -43,8 +44,9 @@ limit %(most)s;
 -- Given items of a batch, in order: what an events frame needs.
 select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures,
     i.input_tokens as estimated_input_tokens, i.visible_at, coalesce(i.claimed_at, a.claimed_at) as claimed_at,
-    coalesce(i.ended_at, b.cancelled_at) as ended_at, b.created_at, q.custom_id, q.body::text as request, r.body::text as response, r.headers,
-    r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code, r.error_message
+    coalesce(i.ended_at, b.cancelled_at) as ended_at, b.created_at, q.custom_id, q.body::text as request,
+    r.body::text as response, r.headers, r.status_code, r.input_tokens, r.output_tokens, r.model, r.error_code,
+    r.error_message
 from batches b
 join items i on i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
 join flows f on f.workspace_id = i.workspace_id

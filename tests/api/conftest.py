@@ -41,6 +41,7 @@ class Service:
     key_id: UUID
     http: httpx.AsyncClient
     app: Litestar
+    stop: asyncio.Event
     worker_id: UUID = field(default_factory=uuid7)
 
     @property
@@ -214,7 +215,7 @@ def settings() -> Settings:
 @asynccontextmanager
 async def served(
     settings: Settings, db: Database, keyring: Keyring, apps: list[Litestar]
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[tuple[str, asyncio.Event]]:
     """``serve`` in this loop; its app is put into ``apps``."""
     made = application.create_app
 
@@ -235,7 +236,9 @@ async def served(
     finally:
         application.create_app = made
     try:
-        yield url.result() if url.done() else await asyncio.wait_for(url, 1)
+        if not url.done():
+            await serving  # raises
+        yield url.result(), stop
     finally:
         stop.set()
         await serving
@@ -267,7 +270,7 @@ async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
         key_id, key = await tenants.create_api_key(conn, **ids, name="all")
     apps: list[Litestar] = []
     async with (
-        served(settings, db, keyring, apps) as url,
+        served(settings, db, keyring, apps) as (url, stop),
         httpx.AsyncClient(
             base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60, trust_env=False
         ) as http,
@@ -284,4 +287,5 @@ async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
             key_id=key_id,
             http=http,
             app=apps[0],
+            stop=stop,
         )

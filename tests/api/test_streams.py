@@ -86,14 +86,14 @@ async def test_it_resumes_after_any_number(service: Service) -> None:
                 assert await stream.rest() == whole[number:]
 
 
-@pytest.mark.parametrize("given", ["x", "-1", "1.5", "99999999999999999999", "1 2", "٣"])
-async def test_a_position_that_is_no_number_is_refused(service: Service, given: str) -> None:
+async def test_a_position_that_is_no_number_is_refused(service: Service) -> None:
     batch = await service.create()
     path = f"{service.batches}/{batch['batchId']}/events"
-    by_query = await service.http.get(path, params={"after": given})
-    by_header = await service.http.get(path, headers={"last-event-id": given.encode()})
-    assert (by_query.status_code, by_header.status_code) == (400, 400)
-    assert by_header.json()["details"]["errors"][0]["path"] == "Last-Event-ID"
+    for given in ("x", "-1", "1.5", "99999999999999999999", "1 2", "٣"):
+        by_query = await service.http.get(path, params={"after": given})
+        by_header = await service.http.get(path, headers={"last-event-id": given.encode()})
+        assert (by_query.status_code, by_header.status_code) == (400, 400)
+        assert by_header.json()["details"]["errors"][0]["path"] == "Last-Event-ID"
 
 
 async def test_slim_tells_without_texts(service: Service) -> None:

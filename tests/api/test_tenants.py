@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-
 from app import capacity, tenants
 from tests.api.conftest import Json, Service
 
@@ -77,8 +75,7 @@ async def test_a_preset_knows_its_address(service: Service) -> None:
     assert made["timeoutMs"] == service.settings.default_timeout_ms
 
 
-@pytest.mark.parametrize(
-    ("change", "path"),
+WRONG_CONNECTIONS: list[tuple[Json, str]] = (
     [
         ({"name": None}, "name"),
         ({"name": ""}, "name"),
@@ -99,10 +96,13 @@ async def test_a_preset_knows_its_address(service: Service) -> None:
         ({"capacity": [{"period": "day", "dimension": "source-ip"}]}, "capacity[0].dimension"),
     ],
 )
-async def test_what_a_connection_cannot_be(service: Service, change: Json, path: str) -> None:
-    body = {"name": "n", "provider": "openai-compatible", "baseUrl": "http://x/v1"} | change
-    told = await post(service, "ai-connection", body, 400)
-    assert (told["errorCode"], paths(told)) == ("GENERIC_VALIDATION", [path])
+
+
+async def test_what_a_connection_cannot_be(service: Service) -> None:
+    body = {"name": "n", "provider": "openai-compatible", "baseUrl": "http://x/v1"}
+    for change, path in WRONG_CONNECTIONS:
+        told = await post(service, "ai-connection", body | change, 400)
+        assert (told["errorCode"], paths(told)) == ("GENERIC_VALIDATION", [path])
 
 
 async def test_a_body_that_is_no_json_or_too_large_is_refused(service: Service) -> None:

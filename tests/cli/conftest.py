@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
@@ -24,6 +24,8 @@ from app.secrets import Keyring
 from app.simulator import Behaviour, Simulator
 
 PATIENCE_S = 30.0
+
+Done = TypeVar("Done")
 
 
 def until(
@@ -52,7 +54,7 @@ class Provider:
         self._simulator = Simulator(behaviour)
         self.url = self._do(self._simulator.start()) + "/v1"
 
-    def _do(self, coroutine: Any) -> Any:
+    def _do(self, coroutine: Coroutine[Any, Any, Done]) -> Done:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
     def report(self) -> dict[str, Any]:

@@ -24,8 +24,10 @@ CHAT = "/v1/chat/completions"
         (CHAT, None, ""),
         (
             "/v1/responses",
-            '{"output":[{"type":"reasoning"},{"content":[{"type":"output_text","text":"a"},'
-            '{"type":"output_text","text":"b"}]}]}',
+            (
+                '{"output":[{"type":"reasoning"},{"content":[{"type":"output_text","text":"a"},'
+                '{"type":"output_text","text":"b"}]}]}'
+            ),
             "ab",
         ),
         ("/v1/completions", '{"choices":[{"text":"a"}]}', "a"),

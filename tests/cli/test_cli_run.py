@@ -10,7 +10,6 @@ import pytest
 
 from tests.cli.conftest import Cli, Provider, until
 
-
 PROMPT = ("--prompt", "Answer: {text}", "--model", "m", "--output", "out.csv")
 
 
@@ -119,6 +118,9 @@ def test_killed_run_goes_on_where_it_was(cli: Cli, provider: Provider) -> None:
     until(lambda: provider.report()["answered"] >= 60, what="some are answered", by=process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    # Its duty as maintenance lapses by itself after ten seconds, which need not be waited for here.
+    with psycopg.connect(cli.env["SLUICE_DATABASE_URL"], autocommit=True) as conn:
+        conn.execute("delete from leases")
     provider.change(latency_ms=20.0)
     ended = cli.run(*ask(provider))
     assert ended.exit_code == 0, ended.output
@@ -182,7 +184,7 @@ def test_column_that_is_taken_gets_a_number(cli: Cli, provider: Provider) -> Non
 
 
 def test_json_lines_keep_the_reply_and_need_no_model_flag(cli: Cli, provider: Provider) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": "half \ud83d of a pair"}]}
+    body = {"model": "m", "messages": [{"role": "user", "content": "a \0 and \u2028"}]}
     cli.write("q.jsonl", json.dumps(body) + "\n\n" + json.dumps(body | {"seed": 1}) + "\n")
     ended = cli.run("run", "q.jsonl", "--base-url", provider.url)
     assert ended.exit_code == 0, ended.output
@@ -191,6 +193,18 @@ def test_json_lines_keep_the_reply_and_need_no_model_flag(cli: Cli, provider: Pr
     for line in lines:
         assert line["answer"] == line["response"]["choices"][0]["message"]["content"]
         assert line["error"] is None
+
+
+def test_half_of_a_surrogate_pair_is_sent_as_it_is_and_may_be_refused(
+    cli: Cli, provider: Provider
+) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "half \ud83d of a pair"}]}
+    cli.write("q.jsonl", json.dumps(body) + "\n")
+    ended = cli.run("run", "q.jsonl", "--base-url", provider.url)
+    assert ended.exit_code == 1
+    assert provider.report()["invalid"] == 1
+    (line,) = cli.lines("q.answers.jsonl")
+    assert line["error"]["code"] == "bad_request"
 
 
 def test_openai_lines_come_back_as_openai_lines(cli: Cli, provider: Provider) -> None:
@@ -274,6 +288,13 @@ def test_missing_file_and_missing_model_are_told(cli: Cli) -> None:
     ended = cli.run("run", "q.csv", "--prompt", "{text}")
     assert ended.exit_code == 2
     assert "say which model with --model" in ended.stderr
+
+
+def test_openai_without_a_key_is_told(cli: Cli) -> None:
+    cli.questions(["a"])
+    ended = cli.run("run", "q.csv", "--prompt", "{text}", "--model", "m")
+    assert ended.exit_code == 2
+    assert "OPENAI_API_KEY" in ended.stderr
 
 
 def test_dead_database_is_told(cli: Cli, provider: Provider) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.cli.conftest import Cli, Provider, until
 
@@ -241,7 +242,7 @@ def test_throw_away_database_is_there_and_then_gone(cli: Cli) -> None:
     url = first_line(process).strip()
     with psycopg.connect(url) as conn:
         assert conn.execute("select count(*) from batches").fetchone() == (0,)
-    place = Path(re.search(r"=(\S+?)&", url.replace("%2F", "/"))[1])  # pyright: ignore[reportOptionalSubscript]
+    place = Path(str(conninfo_to_dict(url)["host"]))
     assert place.exists()
     end(process, signal.SIGINT)
     assert not place.exists()
