@@ -63,8 +63,8 @@ async def caller(request: AnyRequest) -> ApiKey:
 
 async def tenant_caller(
     request: AnyRequest,
-    workspace_id: Annotated[UUID, PathParameter(name="workspaceId")],
-    environment_id: Annotated[UUID, PathParameter(name="environmentId")],
+    workspace_id: Annotated[UUID, PathParameter(name="workspaceId", include_in_schema=False)],
+    environment_id: Annotated[UUID, PathParameter(name="environmentId", include_in_schema=False)],
 ) -> ApiKey:
     """The same below a path with a tenant, which is the key's own."""
     key: ApiKey = request.scope["state"]["api_key"]

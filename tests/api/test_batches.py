@@ -63,19 +63,17 @@ async def test_the_creator_is_shown_unless_unwanted(service: Service) -> None:
     assert not {"createdByUser", "createdByApiKey", "items", "itemsNextCursor"} & bare.keys()
 
 
-GARBAGE = (
-    [
-        ("includesItems=yes", "includesItems"),
-        ("includesUsers=", "includesUsers"),
-        ("includesItems=1", "includesItems"),
-        ("itemsLimit=0", "itemsLimit"),
-        ("itemsLimit=1001", "itemsLimit"),
-        ("itemsLimit=ten", "itemsLimit"),
-        ("itemsCursor=-1", "itemsCursor"),
-        ("itemsCursor=99999999999999999999", "itemsCursor"),
-        ("itemsStatus=DONE", "itemsStatus"),
-    ],
-)
+GARBAGE = [
+    ("includesItems=yes", "includesItems"),
+    ("includesUsers=", "includesUsers"),
+    ("includesItems=1", "includesItems"),
+    ("itemsLimit=0", "itemsLimit"),
+    ("itemsLimit=1001", "itemsLimit"),
+    ("itemsLimit=ten", "itemsLimit"),
+    ("itemsCursor=-1", "itemsCursor"),
+    ("itemsCursor=99999999999999999999", "itemsCursor"),
+    ("itemsStatus=DONE", "itemsStatus"),
+]
 
 
 async def test_garbage_in_the_query_is_refused(service: Service) -> None:

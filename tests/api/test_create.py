@@ -347,18 +347,16 @@ async def test_problems_of_the_head_are_named_by_their_paths(service: Service) -
     assert paths(await refused(service, head | {"priority": "1"})) == ["priority"]
 
 
-NO_JSON = (
-    [
-        b"",
-        b"null",
-        b"[]",
-        b'{"type":"ASYNC","items":[',
-        b'{"type":"ASYNC","items":[]} trailing',
-        b'{"type":"ASYNC","type":"SYNC","items":[]}',
-        b'{"type":"ASYNC","items":[{"request":{"a":"\xff"}}]}',
-        b'{"type":"ASYNC","items":' + b"[" * 100_000,
-    ],
-)
+NO_JSON = [
+    b"",
+    b"null",
+    b"[]",
+    b'{"type":"ASYNC","items":[',
+    b'{"type":"ASYNC","items":[]} trailing',
+    b'{"type":"ASYNC","type":"SYNC","items":[]}',
+    b'{"type":"ASYNC","items":[{"request":{"a":"\xff"}}]}',
+    b'{"type":"ASYNC","items":' + b"[" * 100_000,
+]
 
 
 async def test_what_is_not_json_is_refused_with_a_place(service: Service) -> None:

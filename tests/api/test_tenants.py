@@ -75,27 +75,25 @@ async def test_a_preset_knows_its_address(service: Service) -> None:
     assert made["timeoutMs"] == service.settings.default_timeout_ms
 
 
-WRONG_CONNECTIONS: list[tuple[Json, str]] = (
-    [
-        ({"name": None}, "name"),
-        ({"name": ""}, "name"),
-        ({"name": "a\0"}, "name"),
-        ({"baseUrl": "ftp://x"}, "baseUrl"),
-        ({"baseUrl": "http://user:pw@x"}, "baseUrl"),
-        ({"baseUrl": None}, "baseUrl"),
-        ({"baseUrl": None, "provider": "unheard-of"}, "provider"),
-        ({"timeoutMs": 5}, "timeoutMs"),
-        ({"timeoutMs": "5000"}, "timeoutMs"),
-        ({"headers": {"a b": "c"}}, "headers"),
-        ({"headers": {"a": "c\r\nd: e"}}, "headers"),
-        ({"capacity": [{"period": "minutes"}]}, "capacity[0].period"),
-        ({"capacity": [{"requests": 1}]}, "capacity[0].period"),
-        ({"capacity": [{"period": "day", "requests": -1}]}, "capacity[0].requests"),
-        ({"capacity": [{"period": "day", "tokens": 1.5}]}, "capacity[0].tokens"),
-        ({"capacity": [{"period": "day", "enabled": "yes"}]}, "capacity[0].enabled"),
-        ({"capacity": [{"period": "day", "dimension": "source-ip"}]}, "capacity[0].dimension"),
-    ],
-)
+WRONG_CONNECTIONS: list[tuple[Json, str]] = [
+    ({"name": None}, "name"),
+    ({"name": ""}, "name"),
+    ({"name": "a\0"}, "name"),
+    ({"baseUrl": "ftp://x"}, "baseUrl"),
+    ({"baseUrl": "http://user:pw@x"}, "baseUrl"),
+    ({"baseUrl": None}, "baseUrl"),
+    ({"baseUrl": None, "provider": "unheard-of"}, "provider"),
+    ({"timeoutMs": 5}, "timeoutMs"),
+    ({"timeoutMs": "5000"}, "timeoutMs"),
+    ({"headers": {"a b": "c"}}, "headers"),
+    ({"headers": {"a": "c\r\nd: e"}}, "headers"),
+    ({"capacity": [{"period": "minutes"}]}, "capacity[0].period"),
+    ({"capacity": [{"requests": 1}]}, "capacity[0].period"),
+    ({"capacity": [{"period": "day", "requests": -1}]}, "capacity[0].requests"),
+    ({"capacity": [{"period": "day", "tokens": 1.5}]}, "capacity[0].tokens"),
+    ({"capacity": [{"period": "day", "enabled": "yes"}]}, "capacity[0].enabled"),
+    ({"capacity": [{"period": "day", "dimension": "source-ip"}]}, "capacity[0].dimension"),
+]
 
 
 async def test_what_a_connection_cannot_be(service: Service) -> None:
