@@ -16,7 +16,6 @@ import psycopg
 from app import queue
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, WORK, Ringer
-from app.ids import uuid7
 from app.log import Log
 from app.settings import Settings
 
@@ -32,13 +31,16 @@ _RECLAIM_WAIT_S = 0.5
 
 
 class Maintenance:
-    """The duty of keeping the queue healthy; ``run`` does it whenever this process is elected."""
+    """The duty of keeping the queue healthy; ``run`` does it whenever this process is elected.
 
-    def __init__(self, settings: Settings, db: Database) -> None:
+    ``holder_id`` is the worker's id, so that a worker known to be gone leaves the duty at once.
+    """
+
+    def __init__(self, settings: Settings, db: Database, *, holder_id: UUID) -> None:
         self._settings = settings
         self._db = db
         self._ringer = Ringer(db)
-        self._holder_id = uuid7()
+        self._holder_id = holder_id
         # Since when the database was heard without a break, by its own clock; None: not yet.
         self._quiet_since: datetime | None = None
         self._rounds = 0

@@ -37,7 +37,8 @@ from app.inputs import json_body
 from app.secrets import Keyring, load_or_create_key_file
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """What the command line may say; a test takes the defaults from here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--file", type=Path, help="CSV with a column text")
     parser.add_argument(
@@ -48,14 +49,20 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=20, help="calls in flight per worker")
     parser.add_argument("--latency-ms", type=float, default=1000)
     parser.add_argument("--kill-every", type=float, default=4.0, help="seconds between kills")
-    parser.add_argument("--no-kills", action="store_true", help="the same run left in peace")
+    parser.add_argument("--kills", type=int, default=10_000, help="kills at most; 0: none at all")
     parser.add_argument("--postgres-kill-at", type=float, default=45.0, help="seconds; 0: never")
+    parser.add_argument("--dead-after", type=float, default=20.0, help="SLUICE_DEAD_AFTER_S")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--quick", action="store_true", help="600 items at 600 per minute, under a minute"
     )
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run it once; exit 1 unless all that is promised held."""
+    options = arguments().parse_args()
     if options.quick:
         options.items, options.rpm, options.postgres_kill_at = 600, 600, 10.0
         options.kill_every = 2.0
@@ -76,6 +83,8 @@ class Chaos:
             "SLUICE_HOME": str(home),
             "SLUICE_CONCURRENCY": str(options.concurrency),
             "SLUICE_LOG_LEVEL": "warning",
+            "SLUICE_DEAD_AFTER_S": str(options.dead_after),
+            "SLUICE_HEARTBEAT_S": str(options.dead_after / 4),
         }
         self.workers: list[subprocess.Popen[bytes]] = []
         self.kills = 0
@@ -101,6 +110,8 @@ class Chaos:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+            if simulator.stdout is not None:
+                simulator.stdout.close()
             server.release()
 
     def texts(self) -> list[str]:
@@ -189,14 +200,14 @@ class Chaos:
         while time.monotonic() < deadline:
             await asyncio.sleep(0.25)
             now = time.monotonic()
-            if not self.options.no_kills and now >= next_kill:
+            if self.kills < self.options.kills and now >= next_kill:
                 next_kill = now + self.options.kill_every * self.random.uniform(0.7, 1.3)
                 victim = self.random.randrange(len(self.workers))
                 self.workers[victim].kill()
                 self.workers[victim].wait()
                 self.workers[victim] = self.start_worker()
                 self.kills += 1
-            if not self.options.no_kills and postgres_due and now - begun > postgres_due:
+            if self.options.kills and postgres_due and now - begun > postgres_due:
                 postgres_due = 0
                 pid = int((server.data_dir / "postmaster.pid").read_text().split()[0])
                 os.kill(pid, signal.SIGKILL)

@@ -71,9 +71,6 @@ async def test_rings_of_one_statement_reach_all_channels_together(
     db: Database, raw: psycopg.AsyncConnection[Any]
 ) -> None:
     """One transaction: one fight for the lock that NOTIFY takes over the whole cluster."""
-    ringer = Ringer(db)
-    ringer.ring(WORK, [uuid7()])
-    ringer.ring(EVENTS, [uuid7()])
     executed = list[object]()
 
     @asynccontextmanager
@@ -82,7 +79,9 @@ async def test_rings_of_one_statement_reach_all_channels_together(
             yield _Counting(conn, executed)
 
     counted: Any = type("Counted", (), {"connection": staticmethod(connection)})()
-    ringer._db = counted
+    ringer = Ringer(counted)
+    ringer.ring(WORK, [uuid7()])
+    ringer.ring(EVENTS, [uuid7()])
     await ringer.flush()
     assert len(executed) == 1
     assert len(await heard(raw)) == 2

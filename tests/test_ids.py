@@ -11,7 +11,8 @@ from app.ids import created_on, item_id, item_seq, uuid7
 
 MOST_SEQ = 2**31 - 2
 SEQS = st.integers(0, MOST_SEQ)
-IDS = st.builds(uuid7, st.integers(0, 2**48 - 1))
+#: Up to the end of the year 9999, where Python's calendar ends.
+IDS = st.builds(uuid7, st.integers(0, 253_402_300_799_999))
 
 
 @given(IDS)

@@ -45,7 +45,7 @@ async def working(scene: Scene, url: str, **settings: Any) -> AsyncGenerator[Wor
     worker = Worker(chosen, scene.db, keyring=scene.keyring, listen_url=url)
     tasks = [
         asyncio.create_task(worker.run()),
-        asyncio.create_task(Maintenance(chosen, scene.db).run()),
+        asyncio.create_task(Maintenance(chosen, scene.db, holder_id=worker.worker_id).run()),
     ]
     try:
         yield worker

@@ -450,7 +450,8 @@ class _Run:
             listen_url=self._store.direct_url,
         )
         maintenance = Supervisor("run")
-        maintenance.start("maintenance", Maintenance(self._settings, self._db).run)
+        duty = Maintenance(self._settings, self._db, holder_id=worker.worker_id)
+        maintenance.start("maintenance", duty.run)
         working = asyncio.create_task(worker.run())
         interrupt.worker = worker
         try:

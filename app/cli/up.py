@@ -80,7 +80,8 @@ async def _up(store: Store, greet: _Greet) -> None:
             )
             working = asyncio.create_task(worker.run())
             keeping = Supervisor("up")
-            keeping.start("maintenance", Maintenance(store.settings, db).run)
+            duty = Maintenance(store.settings, db, holder_id=worker.worker_id)
+            keeping.start("maintenance", duty.run)
             try:
                 await asyncio.wait({serving, working}, return_when=asyncio.FIRST_COMPLETED)
             finally:

@@ -62,7 +62,8 @@ async def _work(store: Store, lifeline: int | None) -> None:
     async with store.database("sluice-worker") as db:
         working = Worker(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
         keeping = Supervisor("worker")
-        keeping.start("maintenance", Maintenance(store.settings, db).run)
+        duty = Maintenance(store.settings, db, holder_id=working.worker_id)
+        keeping.start("maintenance", duty.run)
         loop = asyncio.get_running_loop()
 
         def parent_is_gone() -> None:

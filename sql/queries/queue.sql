@@ -157,12 +157,17 @@ where w.heartbeat_at < clock_timestamp() - interval '7 days'
     and not exists (select from items i where i.status = 'running' and i.worker_id = w.worker_id);
 
 -- name: lease_take
--- Take or keep a duty; a row comes back for who has it.
+-- Take or keep a duty; a row comes back for who has it. That of a worker known to be gone is free at once.
 insert into leases as l (name, holder_id, until)
 values (%(name)s, %(holder_id)s, clock_timestamp() + make_interval(secs => %(for_s)s))
 on conflict (name) do update
 set holder_id = excluded.holder_id, until = excluded.until
-where l.holder_id = excluded.holder_id or l.until < clock_timestamp()
+where l.holder_id = excluded.holder_id
+    or l.until < clock_timestamp()
+    or exists (
+        select from workers w
+        where w.worker_id = l.holder_id and (w.died_at is not null or w.stopped_at is not null)
+    )
 returning l.holder_id;
 
 -- name: lease_release

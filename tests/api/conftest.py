@@ -250,13 +250,11 @@ async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
     keyring = Keyring(Keyring.generate())
     async with db.transaction() as conn:
         environment = await tenants.create_workspace(conn, name="acme", environment="test")
-        ids = {
-            "workspace_id": environment.workspace_id,
-            "environment_id": environment.environment_id,
-        }
+        workspace_id, environment_id = environment.workspace_id, environment.environment_id
         connection_id = await tenants.create_connection(
             conn,
-            **ids,
+            workspace_id=workspace_id,
+            environment_id=environment_id,
             keyring=keyring,
             name="fake",
             provider="openai-compatible",
@@ -265,9 +263,16 @@ async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
             timeout_ms=1000,
         )
         resource_id = await tenants.create_resource(
-            conn, **ids, connection_id=connection_id, name="small", model="gpt-test"
+            conn,
+            workspace_id=workspace_id,
+            environment_id=environment_id,
+            connection_id=connection_id,
+            name="small",
+            model="gpt-test",
         )
-        key_id, key = await tenants.create_api_key(conn, **ids, name="all")
+        key_id, key = await tenants.create_api_key(
+            conn, workspace_id=workspace_id, environment_id=environment_id, name="all"
+        )
     apps: list[Litestar] = []
     async with (
         served(settings, db, keyring, apps) as (url, stop),

@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from app.api import streams
 from app.events import Event
@@ -18,7 +20,7 @@ from tests.api.conftest import Service
 async def until(true: Callable[[], bool]) -> None:
     """Wait for something that happens in this loop, within a deadline."""
     async with asyncio.timeout(20):
-        while not true():
+        while not true():  # noqa: ASYNC110 - what is awaited tells nobody
             await asyncio.sleep(0.01)
 
 
@@ -91,7 +93,7 @@ async def test_a_position_that_is_no_number_is_refused(service: Service) -> None
     path = f"{service.batches}/{batch['batchId']}/events"
     for given in ("x", "-1", "1.5", "99999999999999999999", "1 2", "٣"):
         by_query = await service.http.get(path, params={"after": given})
-        by_header = await service.http.get(path, headers={"last-event-id": given.encode()})
+        by_header = await service.http.get(path, headers=[(b"last-event-id", given.encode())])
         assert (by_query.status_code, by_header.status_code) == (400, 400)
         assert by_header.json()["details"]["errors"][0]["path"] == "Last-Event-ID"
 
@@ -159,10 +161,13 @@ async def test_followers_at_one_number_share_one_reading(
 ) -> None:
     batch = await service.create("a")
     readings: list[int] = []
-    read = streams.Hub._read
+    read = streams.Hub._read  # pyright: ignore[reportPrivateUsage] - counted below
 
     async def counted(
-        hub: streams.Hub, followed: streams._Followed, after: int, view: streams.View
+        hub: streams.Hub,
+        followed: Any,  # noqa: ANN401 - passes through
+        after: int,
+        view: streams.View,
     ) -> streams.Chunk:
         readings.append(after)
         return await read(hub, followed, after, view)
@@ -189,11 +194,11 @@ async def test_a_client_that_leaves_is_noticed_at_once(service: Service) -> None
         await stream.event()
         assert service.hub.followers == 1
     await until(lambda: service.hub.followers == 0)
-    assert not service.hub._followed
+    assert not service.hub._followed  # pyright: ignore[reportPrivateUsage] - the leak looked for
 
 
 async def test_a_ring_wakes_sooner_than_the_safety_look(service: Service) -> None:
-    service.hub._look_s = 3600
+    service.hub._look_s = 3600  # pyright: ignore[reportPrivateUsage] - not in this test
     batch = await service.create()
     async with service.follow(batch) as stream:
         await stream.event()
@@ -224,7 +229,7 @@ class TestPing:
     async def test_a_stream_outlives_the_database(self, service: Service, cluster: str) -> None:
         """While the database refuses everybody it pings; afterwards it goes on where it was."""
         batch = await service.create()
-        name = str(psycopg.conninfo.conninfo_to_dict(service.db.url)["dbname"])
+        name = str(conninfo_to_dict(service.db.url)["dbname"])
         async with service.follow(batch) as stream:
             await stream.event()
             with psycopg.connect(cluster, autocommit=True) as conn:

@@ -1,18 +1,16 @@
 """Connections, resources and keys: what is stored, what is shown, what is refused."""
 
-from typing import Any
-
 from app import capacity, tenants
 from tests.api.conftest import Json, Service
 
 
-async def post(service: Service, kind: str, body: Json, status: int = 201) -> Any:
+async def post(service: Service, kind: str, body: Json, status: int = 201) -> Json:
     answer = await service.http.post(f"/v1/{kind}/{service.tenant}", json=body)
     assert answer.status_code == status, answer.text
     return answer.json()
 
 
-def paths(told: Any) -> list[str]:
+def paths(told: Json) -> list[str]:
     return [e["path"] for e in told["details"]["errors"]]
 
 
@@ -148,14 +146,15 @@ async def test_what_a_resource_cannot_be(service: Service) -> None:
     unknown = "00000000-0000-4000-8000-000000000000"
     model = {"model": "m", "connectionId": str(service.connection_id)}
     body: Json = {"name": "n", "model": model}
-    for change, path in (
+    wrong: list[tuple[Json, str]] = [
         ({"useFallback": True}, "useFallback"),
         ({"fallbackModels": [{}]}, "fallbackModels"),
         ({"routing": {"enabled": True}}, "routing"),
         ({"model": {"model": "m"}}, "model.connectionId"),
         ({"model": model | {"provider": "openai"}}, "model.provider"),
         ({"defaultArgs": {"a": "\0"}}, "defaultArgs"),
-    ):
+    ]
+    for change, path in wrong:
         told = await post(service, "ai-resource", body | change, 400)
         assert paths(told) == [path]
     missing = body | {"model": {"model": "m", "connectionId": unknown}}
