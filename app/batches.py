@@ -158,6 +158,7 @@ class Result:
     error_code: str | None
     error_message: str | None
     custom_id: str | None
+    request_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ _limit_insert = Query("tenants", "limit_insert", NoRow)
 _limit_change = Query("tenants", "limit_change", NoRow)
 _limit_delete = Query("tenants", "limit_delete", NoRow)
 _limits_of = Query("tenants", "limits_of", Limit)
+_ready_wake = Query("tenants", "ready_wake", NoRow)
 _limits_used = Query("tenants", "limits_used", LimitUse)
 
 
@@ -104,6 +105,7 @@ async def set_limits(
             requests=amount.requests,
             tokens=amount.tokens,
         )
+    await _ready_wake.run(conn, workspace_id=workspace_id, scope_id=scope_id)
 
 
 def _smaller(one: int | None, other: int | None) -> int | None:

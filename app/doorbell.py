@@ -135,8 +135,10 @@ class Listener:
             if not alive:
                 # Nothing for a while: a ring to ourselves must come back, or the line is dead.
                 await conn.execute("select pg_notify(%s, '')", (own,))
-                async for _ in conn.notifies(timeout=5, stop_after=1):
+                async for notify in conn.notifies(timeout=5, stop_after=1):
                     alive = True
+                    if notify.channel != own:
+                        self._heard(notify.channel, _ids(notify.payload))
                 if not alive:
                     raise psycopg.OperationalError("the listening connection is deaf")
 

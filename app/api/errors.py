@@ -41,6 +41,10 @@ class StorageFullError(RequestError):
     status: ClassVar[int] = 507
 
 
+class BrokenOffError(RequestError):
+    """The client went away while it was sending; nobody reads the answer."""
+
+
 class ErrorBody(msgspec.Struct, kw_only=True):
     """What every refusal looks like."""
 

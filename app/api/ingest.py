@@ -20,12 +20,13 @@ from typing import BinaryIO, TypeVar, cast
 from uuid import UUID
 
 import msgspec
+from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
 from app import batches, tenants
 from app.api import auth
 from app.api.context import Context
-from app.api.errors import AnyRequest, StorageFullError
+from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
 from app.api.splitter import STEP, MalformedError, Splitter, TooLongError
 from app.api.wire import BatchHead, problems_of
 from app.batches import BatchType, Ingest, NewBatch, NewItem
@@ -179,6 +180,9 @@ async def _spooled(context: Context, request: AnyRequest) -> AsyncGenerator[_Spo
             file.write(waiting)
         else:
             await asyncio.to_thread(file.write, bytes(waiting))
+    except InternalServerException:
+        file.close()
+        raise BrokenOffError("The connection closed before the whole body had come.") from None
     except OSError as error:
         file.close()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

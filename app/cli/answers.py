@@ -184,7 +184,7 @@ def _openai_writer(file: IO[str]) -> _Write:
         if result is not None and result.response is not None and result.status_code is not None:
             response = {
                 "status_code": result.status_code,
-                "request_id": "",  # the provider's id is in the database: table attempts
+                "request_id": result.request_id or "",
                 "body": _verbatim(result.response),
             }
             # The response alone tells of an HTTP error; an unusable answer needs its reason too.

@@ -162,6 +162,7 @@ def _result(item: Item) -> Result:
         error_code=item.error_code,
         error_message=item.error_message,
         custom_id=item.custom_id,
+        request_id=None,
     )
 
 

@@ -407,7 +407,8 @@ comment on column flows.completed is 'Items answered.';
 comment on column flows.failed is 'Items that ended without an answer.';
 comment on column flows.cancelled is 'Items cancelled.';
 comment on column flows.unmarked is 'Cancelled items whose rows still say pending.';
-comment on column flows.retries is 'Attempts that failed and went back into the queue.';
+comment on column flows.retries is
+    'Returns to the queue: failures, throttles, lost workers, and calls released unsent.';
 comment on column flows.input_tokens is 'Input tokens of answered items, as the provider counted.';
 comment on column flows.output_tokens is 'Output tokens of answered items, as the provider counted.';
 

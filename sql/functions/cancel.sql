@@ -58,10 +58,11 @@ as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_resource_id uuid;
+    v_floor int;
     v_seqs int[];
 begin
     -- One flow per call: a second one would be locked after the batch, out of order.
-    select f.resource_id into v_resource_id
+    select f.resource_id, f.floor into v_resource_id, v_floor
     from flows f
     where f.workspace_id = p_workspace_id
         and f.batch_id = p_batch_id
@@ -69,34 +70,53 @@ begin
         and f.unmarked > 0
     order by f.resource_id
     limit 1;
-    with due as (
-        select i.workspace_id, i.batch_day, i.batch_id, i.seq
+    -- Unstarted items from the floor on, which rises with them, so that no chunk walks what the last one marked;
+    -- then what had returned; last, by number, what either passed by because it was locked.
+    select array_agg(d.seq order by d.seq) into v_seqs
+    from (
+        select i.seq
         from items i
         where i.workspace_id = p_workspace_id
             and i.batch_day = p_batch_day
             and i.batch_id = p_batch_id
             and i.resource_id = v_resource_id
             and i.status = 'pending'
+            and i.attempt = 0
+            and i.seq >= v_floor
         order by i.seq
         limit p_most
         for no key update skip locked
-    ),
-    marked as (
-        update items i
-        set status = 'cancelled', ended_reason = 'cancelled', ended_at = v_now
-        from due d
-        where i.workspace_id = d.workspace_id
-            and i.batch_day = d.batch_day
-            and i.batch_id = d.batch_id
-            and i.seq = d.seq
-        returning i.seq
-    )
-    select array_agg(m.seq order by m.seq) into v_seqs from marked m;
+    ) d;
+    if v_seqs is not null then
+        v_floor := v_seqs[cardinality(v_seqs)] + 1;
+    else
+        select array_agg(d.seq order by d.seq) into v_seqs
+        from (
+            select i.seq
+            from items i
+            where i.workspace_id = p_workspace_id
+                and i.batch_day = p_batch_day
+                and i.batch_id = p_batch_id
+                and i.resource_id = v_resource_id
+                and i.status = 'pending'
+                and (i.attempt > 0 or i.seq < v_floor)
+            order by i.seq
+            limit p_most
+            for no key update skip locked
+        ) d;
+    end if;
     if v_seqs is null then
         return 0;
     end if;
+    update items i
+    set status = 'cancelled', ended_reason = 'cancelled', ended_at = v_now
+    where i.workspace_id = p_workspace_id
+        and i.batch_day = p_batch_day
+        and i.batch_id = p_batch_id
+        and i.seq = any (v_seqs);
     update flows f
     set unmarked = f.unmarked - cardinality(v_seqs),
+        floor = greatest(f.floor, v_floor),
         is_open = f.running > 0 or f.unmarked > cardinality(v_seqs)
     where f.workspace_id = p_workspace_id
         and f.batch_id = p_batch_id

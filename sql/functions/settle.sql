@@ -115,7 +115,19 @@ begin
                 group by ord
             ) each_one
         ),
-        (select array_agg(ord) from (select ord from given except select ord from held) skipped),
+        -- Locked by somebody else: to be brought again. (What does not exist any more is not.)
+        (
+            select array_agg(s.ord)
+            from (select ord from given except select ord from held) s
+            join given g on g.ord = s.ord
+            where exists (
+                select from items i
+                where i.workspace_id = g.workspace_id
+                    and i.batch_day = g.batch_day
+                    and i.batch_id = g.batch_id
+                    and i.seq = g.seq
+            )
+        ),
         exists (
             select from decided
             where becomes = 'completed' and status = 'running' and attempt <> given_attempt
@@ -135,10 +147,12 @@ begin
             'an earlier attempt was answered during this call, which has not reported',
             i.reserved_limits, i.reserved_input_tokens, i.reserved_output_tokens, 1,
             i.reserved_input_tokens, i.reserved_output_tokens
-        from unnest(v_given) g
-        join items i on i.batch_day = g.batch_day and i.batch_id = g.batch_id and i.seq = g.seq
+        from (select p_workspace_id as workspace_id, o.* from unnest(v_given) o offset 0) g
+        join items i on i.workspace_id = g.workspace_id
+            and i.batch_day = g.batch_day
+            and i.batch_id = g.batch_id
+            and i.seq = g.seq
         where v_becomes[g.ord] = 'completed'
-            and i.workspace_id = p_workspace_id
             and i.status = 'running'
             and i.attempt <> g.attempt
         on conflict do nothing;

@@ -131,7 +131,8 @@ order by i.seq;
 
 -- name: results_stream
 -- State and answer of every item in input order, without the requests: for writing output files.
-select i.seq, i.status::text as status, r.status_code, r.response, r.error_code, r.error_message, q.custom_id
+select i.seq, i.status::text as status, r.status_code, r.response, r.error_code, r.error_message, q.custom_id,
+    r.request_id
 from items i
 join lateral (
     select q.custom_id
@@ -143,8 +144,14 @@ join lateral (
     limit 1
 ) q on true
 left join lateral (
-    select r.status_code, r.body::text as response, r.error_code, r.error_message
+    select r.status_code, r.body::text as response, r.error_code, r.error_message,
+        a.provider_request_id as request_id
     from item_results r
+    left join attempts a on a.workspace_id = r.workspace_id
+        and a.batch_day = r.batch_day
+        and a.batch_id = r.batch_id
+        and a.seq = r.seq
+        and a.attempt = r.attempt
     where r.workspace_id = i.workspace_id
         and r.batch_day = %(batch_day)s
         and r.batch_id = i.batch_id

@@ -177,11 +177,13 @@ delete from leases where name = %(name)s and holder_id = %(holder_id)s;
 -- name: ledger_prune
 -- Forget ledger slots that no limit looks at any more and that analysts have had their time for.
 delete from ledger g
-using limits l
-where l.workspace_id = g.workspace_id
-    and l.limit_id = g.limit_id
-    and l.period in ('minute', 'hour')
-    and g.slot_at < clock_timestamp() - make_interval(hours => %(keep_hours)s);
+where g.slot_at < clock_timestamp() - make_interval(hours => %(keep_hours)s)
+    and not exists (
+        select from limits l
+        where l.workspace_id = g.workspace_id
+            and l.limit_id = g.limit_id
+            and l.period not in ('minute', 'hour')
+    );
 
 -- name: partitions_ensure
 -- Make the partitions of a day.

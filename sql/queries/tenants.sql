@@ -203,6 +203,23 @@ where workspace_id = %(workspace_id)s and limit_id = %(limit_id)s;
 -- Remove a limit.
 delete from limits where workspace_id = %(workspace_id)s and limit_id = %(limit_id)s;
 
+-- name: ready_wake
+-- What waits for capacity looks again: the limits of this connection or resource were changed. Locks in key order.
+with waiting as (
+    select r.workspace_id, r.resource_id
+    from ready r
+    join resources o on o.workspace_id = r.workspace_id and o.resource_id = r.resource_id
+    where r.workspace_id = %(workspace_id)s
+        and (o.resource_id = %(scope_id)s or o.connection_id = %(scope_id)s)
+        and r.next_at < 'infinity'
+    order by r.resource_id
+    for no key update of r
+)
+update ready r
+set next_at = least(r.next_at, clock_timestamp())
+from waiting w
+where r.workspace_id = w.workspace_id and r.resource_id = w.resource_id;
+
 -- name: limits_used
 -- Each limit of some scopes and what of it counts at present.
 select l.limit_id, l.scope_id, l.period::text as period, l.requests, l.tokens, used.requests as used_requests,

@@ -483,6 +483,24 @@ async def test_a_large_body_is_spooled_to_disk_and_kept_whole(service: Service) 
     assert page["nextCursor"] is None
 
 
+async def test_a_client_that_leaves_while_sending_is_no_error_of_ours(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "sluice.api")
+    at = httpx.URL(service.url)
+    _, writer = await asyncio.open_connection(at.host, at.port)
+    head = f"POST {service.batches} HTTP/1.1\r\nHost: x\r\nx-api-key: {service.key}\r\n"
+    writer.write(f"{head}content-length: 100\r\n\r\n{{".encode())
+    await writer.drain()
+    await service.get("/v1/whoami")  # by now the server waits for the rest
+    writer.close()
+    async with asyncio.timeout(10):
+        while "status=400" not in caplog.text:  # noqa: ASYNC110 - a log tells nobody
+            await asyncio.sleep(0.01)
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert await stored(service) == (0, 0)
+
+
 async def test_a_full_disk_is_told_and_keeps_nothing(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def test_reason_names_code_and_message() -> None:
         error_code="unauthorized",
         error_message="The provider refused the key.",
         custom_id=None,
+        request_id=None,
     )
     assert reason(failed) == "unauthorized: The provider refused the key."
     assert reason(None).startswith("not answered yet")

@@ -100,7 +100,19 @@ def test_refused_key_fails_rows_and_the_right_one_answers_them(
     assert all(row["answer"] and not row["error"] for row in cli.rows())
 
 
-def test_unreachable_provider_fails_rows_with_the_reason(cli: Cli, provider: Provider) -> None:
+def test_unreachable_provider_fails_rows_with_the_reason(cli: Cli) -> None:
+    """Nothing listens on port 9: every try is refused, and the row says so."""
+    cli.questions(["one"])
+    ended = cli.run(
+        "run", "q.csv", *PROMPT, "--base-url", "http://127.0.0.1:9/v1", "--max-attempts", "2"
+    )
+    assert ended.exit_code == 1
+    (row,) = cli.rows()
+    assert row["answer"] == ""
+    assert "connect" in row["error"].lower()
+
+
+def test_failing_provider_is_asked_as_often_as_allowed(cli: Cli, provider: Provider) -> None:
     cli.questions(["one"])
     provider.change(error_rate=1.0)
     ended = cli.run(*ask(provider, "--max-attempts", "2"))
