@@ -126,7 +126,9 @@ class Database:
             kwargs={"autocommit": True, "application_name": name, **KEEPALIVE},
             min_size=1,
             max_size=size,
-            timeout=10,
+            # A connection that died while it rested is replaced here, not found by its next user.
+            check=AsyncConnectionPool.check_connection,
+            timeout=5,
             reconnect_timeout=5,
             max_lifetime=3600,
             open=False,

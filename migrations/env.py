@@ -12,10 +12,10 @@ from typing import cast
 import psycopg
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo
+from psycopg import sql
 from sqlalchemy import Connection, NullPool, create_engine
 
-from app import settings
-from app.db import folder
+from app import migrate, settings
 from app.errors import SettingsError
 
 # Any constant: whoever migrates this database asks for the same lock.
@@ -58,9 +58,10 @@ def upgrade() -> None:
             # Waiting for a table is not: everyone who comes after the DDL would queue behind it.
             conn.execute("set local lock_timeout = '5s'")
             context.run_migrations()
-            for kind in ("functions", "reports"):
-                for file in sorted((folder("sql") / kind).glob("*.sql")):
-                    conn.execute(file.read_bytes())
+            for file in migrate.replaced():
+                conn.execute(file.read_bytes())
+            noted = sql.SQL("comment on table alembic_version is {}")
+            conn.execute(noted.format(sql.Literal(migrate.fingerprint())))
 
 
 if context.is_offline_mode():

@@ -79,14 +79,19 @@ def open_store(settings: Settings, *, migrating: bool) -> Generator[Store]:
 
 def _require_schema(url: str) -> None:
     try:
+        if migrate.is_current(url):
+            return
         at = migrate.current(url)
     except psycopg.OperationalError as error:
         raise unavailable(url, error) from error
-    if at != migrate.head():
-        state = "was never migrated" if at is None else f"is at revision {at}"
+    if at is None:
+        raise SluiceError("The database was never migrated. Run: sluice migrate")
+    if at < migrate.head():
         raise SluiceError(
-            f"The database {state}; this program needs revision {migrate.head()}. Run: sluice migrate"
+            f"The database is at revision {at}; this program needs {migrate.head()}. Run: sluice migrate"
         )
+    # Another version's functions, or a newer revision: as during a rolling update. Tables only grow
+    # between neighbouring versions, so this program goes on.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
