@@ -367,6 +367,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
             code="BATCH_ALREADY_ENDED",
             details={"status": status.upper()},
         )
+    log.info("batch.cancelled", batch=batch_id)
     context.ringer.ring(EVENTS, [batch_id])
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)

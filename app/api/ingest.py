@@ -37,7 +37,10 @@ from app.errors import (
     TooLargeError,
     ValidationError,
 )
+from app.log import Log
 from app.tenants import ApiKey, Resource
+
+log = Log("api")
 
 _ITEMS = "items"
 _FEW = 2000  # items per step
@@ -148,6 +151,7 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                 if len(ingest.problems) >= ValidationError.MOST:
                     break
             await ingest.finish()
+    log.info("batch.created", batch=batch.batch_id, items=ingest.count)
     context.ringer.ring(WORK, ingest.resource_ids)
     context.ringer.ring(EVENTS, [batch.batch_id])
     return Created(batch_id=batch.batch_id, type=batch.type, replayed=False)

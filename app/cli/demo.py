@@ -1,6 +1,9 @@
 """``sluice demo``: a few hundred tickets, a simulated provider, an embedded Postgres, visible work."""
 
+import sys
+from os.path import relpath
 from pathlib import Path
+from shutil import which
 from textwrap import shorten
 from typing import Final
 
@@ -92,11 +95,16 @@ def _show(tally: Tally, output: Path) -> None:
         ticket = row.columns[-1] if row.columns else ""
         click.echo(f"  ticket  {shorten(ticket, 100, placeholder=' …')}")
         click.echo(f"  answer  {shorten(answer, 100, placeholder=' …')}\n")
+    # From a checkout the program lies in .venv, where the shell does not look.
+    sluice = "sluice" if which("sluice") else relpath(sys.argv[0])
     click.echo(
-        f"All answers are in {output}. What to try next:\n"
-        "  sluice run FILE.csv --model MODEL --rpm 500 --prompt 'Answer: {column}'"
-        "      your own questions (OPENAI_API_KEY)\n"
-        "  sluice up                        the API; its guide is at http://127.0.0.1:8080/docs\n"
-        "  sluice simulate --rpm 1000       a provider to try limits and failures against\n"
-        "  sluice run --help                everything the main job can do"
+        f"All answers are in {output}. What to try next:\n\n"
+        "  your own questions (the key is read from OPENAI_API_KEY):\n"
+        f"    {sluice} run FILE.csv --model MODEL --rpm 500 --prompt 'Answer: {{column}}'\n"
+        "  the API; its guide is at http://127.0.0.1:8080/docs:\n"
+        f"    {sluice} up\n"
+        "  a provider to try limits and failures against:\n"
+        f"    {sluice} simulate --rpm 1000\n"
+        "  everything the main job can do:\n"
+        f"    {sluice} run --help"
     )
