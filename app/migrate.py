@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psycopg
 
-from app.db import folder
-from app.errors import DatabaseUnavailableError, SluiceError, UsageError
+from app.db import folder, unavailable
+from app.errors import SluiceError, UsageError
 
 _MIGRATIONS = folder("migrations")
 
@@ -94,10 +94,7 @@ def migrate(url: str) -> list[str]:
             " was. Repeat when long queries have ended (see pg_stat_activity)."
         ) from error
     except psycopg.OperationalError as error:
-        raise DatabaseUnavailableError(
-            "The database cannot be reached or broke off; the schema was left as it was."
-            " Check SLUICE_DATABASE_URL."
-        ) from error
+        raise unavailable(url, error) from error
 
 
 def _upgrade(url: str) -> list[str]:

@@ -196,7 +196,7 @@ class Lapsed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour:
-    """A worker of the same host that has not said goodbye."""
+    """A worker of the same machine that has not said goodbye."""
 
     worker_id: UUID
     pid: int
@@ -260,7 +260,7 @@ _below_floor = Query("queue", "items_below_floor", BelowFloor)
 _worker_register = Query("queue", "worker_register", NoRow)
 _worker_heartbeat = Query("queue", "worker_heartbeat", NoRow)
 _worker_stop = Query("queue", "worker_stop", NoRow)
-_workers_of_host = Query("queue", "workers_of_host", Neighbour)
+_workers_of_machine = Query("queue", "workers_of_machine", Neighbour)
 _worker_died = Query("queue", "worker_died", NoRow)
 _workers_forget = Query("queue", "workers_forget", NoRow)
 _lease_take = Query("queue", "lease_take", _Holder)
@@ -444,10 +444,12 @@ async def below_floor(conn: Connection) -> list[BelowFloor]:
 
 
 async def register_worker(
-    conn: Connection, *, worker_id: UUID, host: str, pid: int, version: str
+    conn: Connection, *, worker_id: UUID, host: str, machine: str, pid: int, version: str
 ) -> None:
     """Note that a worker begins."""
-    await _worker_register.run(conn, worker_id=worker_id, host=host, pid=pid, version=version)
+    await _worker_register.run(
+        conn, worker_id=worker_id, host=host, machine=machine, pid=pid, version=version
+    )
 
 
 async def heartbeat(conn: Connection, *, worker_id: UUID, in_flight: int) -> None:
@@ -460,9 +462,9 @@ async def stop_worker(conn: Connection, *, worker_id: UUID) -> None:
     await _worker_stop.run(conn, worker_id=worker_id)
 
 
-async def neighbours(conn: Connection, *, host: str) -> list[Neighbour]:
-    """Workers that say they run on this host."""
-    return await _workers_of_host.all(conn, host=host)
+async def neighbours(conn: Connection, *, machine: str) -> list[Neighbour]:
+    """Workers whose process ids mean something here."""
+    return await _workers_of_machine.all(conn, machine=machine)
 
 
 async def note_death(conn: Connection, *, worker_id: UUID) -> None:

@@ -22,6 +22,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import assert_never
 from uuid import UUID
 
@@ -556,12 +557,17 @@ class Worker:
     # Living and ending -----------------------------------------------------------------------------
 
     async def _register(self) -> None:
-        host = socket.gethostname()
+        machine = _machine()
         async with self._db.connection() as conn:
             await queue.register_worker(
-                conn, worker_id=self.worker_id, host=host, pid=os.getpid(), version=__version__
+                conn,
+                worker_id=self.worker_id,
+                host=socket.gethostname(),
+                machine=machine,
+                pid=os.getpid(),
+                version=__version__,
             )
-            for other in await queue.neighbours(conn, host=host):
+            for other in await queue.neighbours(conn, machine=machine):
                 if other.worker_id != self.worker_id and not _is_alive(other.pid):
                     log.info("worker.found_dead", worker=other.worker_id, pid=other.pid)
                     await queue.note_death(conn, worker_id=other.worker_id)
@@ -622,6 +628,15 @@ def _gives_back(finished: _Finished) -> bool:
     return s.refund or (
         s.input_tokens is not None and used < s.reserved_input_tokens + s.reserved_output_tokens
     )
+
+
+def _machine() -> str:
+    """Where process ids mean the same: containers may share a host's name, but not these."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _is_alive(pid: int) -> bool:

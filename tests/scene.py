@@ -117,7 +117,9 @@ class Scene:
         return self.resource_ids[0]
 
     async def register(self, conn: Connection, worker_id: UUID) -> None:
-        await queue.register_worker(conn, worker_id=worker_id, host="elsewhere", pid=1, version="0")
+        await queue.register_worker(
+            conn, worker_id=worker_id, host="elsewhere", machine="elsewhere", pid=1, version="0"
+        )
 
     async def submit(
         self,

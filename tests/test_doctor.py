@@ -97,8 +97,8 @@ async def test_dead_database_is_told() -> None:
         ),
         ("update flows set floor = 2, unstarted = 2", "2 unstarted items lie below the floor"),
         (
-            """insert into workers (worker_id, host, pid, version, heartbeat_at)
-            values (gen_random_uuid(), 'h', 1, 'v', now() - interval '1 hour')""",
+            """insert into workers (worker_id, host, machine, pid, version, heartbeat_at)
+            values (gen_random_uuid(), 'h', 'm', 1, 'v', now() - interval '1 hour')""",
             "1 workers fell silent",
         ),
         ("update ready set next_at = now() - interval '2 minutes'", "Work has been waiting"),

@@ -642,6 +642,7 @@ comment on column events.seqs is 'The items it happened to; null: the batch itse
 create table workers (
     worker_id uuid not null,
     host text not null,
+    machine text not null,
     pid int not null,
     version text not null,
     started_at timestamptz not null default now(),
@@ -653,7 +654,8 @@ create table workers (
 ) with (fillfactor = 50);
 comment on table workers is 'Worker processes and when they were last seen.';
 comment on column workers.worker_id is 'UUIDv7 of one life of a process.';
-comment on column workers.host is 'Where it runs.';
+comment on column workers.host is 'Where it runs, for people.';
+comment on column workers.machine is 'Boot and process namespace in which its process id means something.';
 comment on column workers.pid is 'Its process id there.';
 comment on column workers.version is 'Its version of Sluice.';
 comment on column workers.started_at is 'When it began.';

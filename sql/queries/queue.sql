@@ -123,8 +123,8 @@ group by f.workspace_id, f.batch_id, f.resource_id;
 
 -- name: worker_register
 -- A worker process begins.
-insert into workers (worker_id, host, pid, version)
-values (%(worker_id)s, %(host)s, %(pid)s, %(version)s);
+insert into workers (worker_id, host, machine, pid, version)
+values (%(worker_id)s, %(host)s, %(machine)s, %(pid)s, %(version)s);
 
 -- name: worker_heartbeat
 -- It lives.
@@ -138,11 +138,11 @@ update workers
 set stopped_at = clock_timestamp(), in_flight = 0
 where worker_id = %(worker_id)s;
 
--- name: workers_of_host
--- Workers of a host that have not said goodbye: whose processes can be looked for there.
+-- name: workers_of_machine
+-- Workers of one process namespace that have not said goodbye: whose processes can be looked for there.
 select worker_id, pid
 from workers
-where host = %(host)s and stopped_at is null and died_at is null;
+where machine = %(machine)s and stopped_at is null and died_at is null;
 
 -- name: worker_died
 -- Its process is gone from its host: no need to wait for the silence to grow.
