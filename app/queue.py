@@ -286,9 +286,11 @@ async def claim(
     alone: bool,
     guard_s: float,
     grace_s: float,
+    burst_s: float,
 ) -> Claim:
     """Take at most ``want`` items of a resource, as many as its limits allow now.
 
+    ``burst_s``: seconds of a request limit's even rate that may go at once; 60: a whole minute.
     ``alone``: the worker has nothing in flight, so it may take an item suspected of crashing
     workers. Raises psycopg.Error with sqlstate SLCLO when a cancel or pause crossed it: ask again.
     """
@@ -301,6 +303,7 @@ async def claim(
         alone=alone,
         guard_s=guard_s,
         grace_s=grace_s,
+        burst_s=burst_s,
     )
     items = [
         Item(

@@ -60,6 +60,12 @@ class Settings(BaseModel):
     guard_s: float = Field(
         default=1.0, ge=0, description="a call not sent this soon after its claim is given back"
     )
+    burst_s: float = Field(
+        default=0.3,
+        gt=0,
+        le=60,
+        description="seconds of a request limit's even rate that may go at once; 60: no pacing",
+    )
     lease_grace_s: float = Field(
         default=60.0, gt=0, description="a lease is the call's timeout plus this"
     )

@@ -243,6 +243,7 @@ class Worker:
                     alone=not self._calls,
                     guard_s=self._settings.guard_s,
                     grace_s=self._settings.lease_grace_s,
+                    burst_s=self._settings.burst_s,
                 )
         except psycopg.Error as error:
             if error.sqlstate in {"SLCLO", "40P01", "40001"}:

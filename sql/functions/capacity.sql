@@ -77,6 +77,43 @@ $$;
 comment on function capacity_frees(uuid, uuid[], bigint, bigint, timestamptz, interval) is
     'When so much fits all of these limits, and the limit that is last to allow it.';
 
+-- The pace of request limits per minute: how many requests each allows at once, and so many per second from then on.
+-- A limit of N per minute is not spent in one burst, because providers police shorter windows and slopes: for every
+-- slot, what was claimed since its start may exceed the even rate by at most p_burst_s seconds of it (but at least
+-- one request). Those are the conditions of a token bucket; slots make it laxer by at most their half second, so
+-- that 0.3 stays below a bucket of one second. Sixty seconds or more: no pace. Tokens are not paced, because
+-- reservations far above the true usage would hold them up.
+create or replace function pace(
+    p_workspace_id uuid, p_limit_ids uuid[], p_now timestamptz, p_burst_s double precision
+)
+returns table (allowance double precision, rate double precision, burst double precision)
+language sql stable
+as $$
+    select least(r.burst, min(
+            r.burst + r.rate * extract(epoch from p_now - s.slot_at)::double precision - s.requests)),
+        r.rate, r.burst
+    from limits l
+    cross join lateral (
+        select l.requests / 60.0::double precision as rate,
+            greatest(l.requests / 60.0::double precision * p_burst_s, 1) as burst
+    ) r
+    left join lateral (
+        select g.slot_at, sum(g.requests) over (order by g.slot_at desc)::double precision as requests
+        from ledger g
+        where g.workspace_id = l.workspace_id
+            and g.limit_id = l.limit_id
+            and g.slot_at > p_now - interval '61 seconds'
+    ) s on true
+    where l.workspace_id = p_workspace_id
+        and l.limit_id = any (p_limit_ids)
+        and l.period = 'minute'
+        and l.requests is not null
+        and p_burst_s < 60
+    group by l.limit_id, r.rate, r.burst
+$$;
+comment on function pace(uuid, uuid[], timestamptz, double precision) is
+    'What the even pace of request limits allows at once, and per second.';
+
 -- When a resource has an item that could be claimed, limits apart; null: nothing waits.
 create or replace function work_due(p_workspace_id uuid, p_resource_id uuid, p_now timestamptz)
 returns timestamptz

@@ -41,7 +41,8 @@ create or replace function claim(
     p_want int,
     p_alone boolean,
     p_guard interval,
-    p_grace interval
+    p_grace interval,
+    p_burst_s double precision
 )
 returns table (
     batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
@@ -70,6 +71,7 @@ declare
     v_blocked_until timestamptz;
     v_limit_ids uuid[];
     v_requests_left bigint;
+    v_paced bigint;
     v_tokens_left bigint;
     v_tokens_cap bigint;
     v_flows int;
@@ -143,6 +145,9 @@ begin
     where l.workspace_id = p_workspace_id
         and l.scope_id in (v_resource.connection_id, p_resource_id);
     v_limit_ids := coalesce(v_limit_ids, '{}');
+    select floor(min(e.allowance))::bigint into v_paced
+    from pace(p_workspace_id, v_limit_ids, v_now, p_burst_s) e;
+    v_requests_left := least(v_requests_left, v_paced);
 
     select s.blocked_until into v_blocked_until
     from resource_states s
@@ -405,6 +410,12 @@ begin
         if v_next is null and v_head_tokens is not null then
             select w.next_at, w.limit_id into v_next, v_waits_for
             from capacity_frees(p_workspace_id, v_limit_ids, 1, v_head_tokens, v_now, p_guard) w;
+            -- At the pace, half a burst later: soon enough to lose nothing, and several at once.
+            v_next := greatest(v_next, (
+                select max(v_now + make_interval(
+                    secs => greatest(greatest(e.burst / 2, 1) - e.allowance, 0) / e.rate))
+                from pace(p_workspace_id, v_limit_ids, v_now, p_burst_s) e
+            ));
         end if;
         if v_next is null then
             v_next := work_due(p_workspace_id, p_resource_id, v_now);
@@ -433,5 +444,5 @@ begin
         nullif(v_next, 'infinity'), v_waits_for, v_resource.config_at;
 end
 $$;
-comment on function claim(uuid, uuid, uuid, int, boolean, interval, interval) is
+comment on function claim(uuid, uuid, uuid, int, boolean, interval, interval, double precision) is
     'Take items of one resource for work, within its limits. See sql/functions/claim.sql.';

@@ -15,7 +15,7 @@ select batch_day, batch_id, seq, attempt, failures, max_attempts, input_tokens, 
     endpoint, body, claimed_at, limit_ids, busy, isolated, next_at, waits_for, config_at
 from claim(
     %(workspace_id)s, %(resource_id)s, %(worker_id)s, %(want)s, %(alone)s,
-    make_interval(secs => %(guard_s)s), make_interval(secs => %(grace_s)s)
+    make_interval(secs => %(guard_s)s), make_interval(secs => %(grace_s)s), %(burst_s)s::double precision
 );
 
 -- name: items_held_by
