@@ -150,6 +150,10 @@ class Worker:
         try:
             await self.stop.wait()
             await claiming.stop()
+            if self._claim_in_doubt:
+                # Stopped in mid-claim: what it took, if it took, is given back.
+                with contextlib.suppress(*CONNECTION_ERRORS):
+                    await self._recover_claim()
             await self._drain()
         finally:
             await claiming.stop()
