@@ -44,10 +44,10 @@ check: $(READY) ## format, lint, imports, types: fast
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: $(READY) ## all tests, concurrency and chaos included (ARGS='-k claim')
-	@$(BIN)/pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-16: $(READY) ## the same on Postgres 16
-	@SLUICE_TEST_POSTGRES=16 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+	@SLUICE_TEST_POSTGRES=16 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(READY) ## list the benchmarks, or run one (ARGS='http_clients --rounds 1')
 	@$(BIN)/python -m bench $(ARGS)

@@ -10,7 +10,8 @@ The server is the embedded one (``SLUICE_TEST_POSTGRES=16`` for that version), o
 
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
@@ -97,39 +98,37 @@ def template(cluster: str) -> str:
     return name
 
 
-def clone(cluster: str, template: str) -> str:
+@contextmanager
+def cloned(cluster: str, template: str) -> Generator[str]:
+    """The address of a new database like the template; it is dropped at the end."""
     name = f"test_{uuid4().hex[:16]}"
+    new = sql.Identifier(name)
     with psycopg.connect(cluster, autocommit=True) as conn:
+        # Copying files takes a sixth of the time of the default, which logs every block.
         conn.execute(
-            sql.SQL("create database {} template {}").format(
-                sql.Identifier(name), sql.Identifier(template)
+            sql.SQL("create database {} template {} strategy file_copy").format(
+                new, sql.Identifier(template)
             )
         )
-    return at(cluster, name)
-
-
-def drop(cluster: str, url: str) -> None:
-    name = urlsplit(url).path.lstrip("/")
-    with psycopg.connect(cluster, autocommit=True) as conn:
-        conn.execute(
-            sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
-        )
+    try:
+        yield at(cluster, name)
+    finally:
+        with psycopg.connect(cluster, autocommit=True) as conn:
+            conn.execute(sql.SQL("drop database if exists {} with (force)").format(new))
 
 
 @pytest.fixture(scope="session")
 def shared_database(cluster: str, template: str) -> Iterator[str]:
     """The database under ``conn``; nothing is ever committed there."""
-    url = clone(cluster, template)
-    yield url
-    drop(cluster, url)
+    with cloned(cluster, template) as url:
+        yield url
 
 
 @pytest.fixture
 def database(cluster: str, template: str) -> Iterator[str]:
     """The address of a database of the test's own."""
-    url = clone(cluster, template)
-    yield url
-    drop(cluster, url)
+    with cloned(cluster, template) as url:
+        yield url
 
 
 @pytest.fixture

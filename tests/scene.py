@@ -185,6 +185,7 @@ class Scene:
         worker_id: UUID | None = None,
         alone: bool = True,
         guard_s: float = 1.0,
+        burst_s: float = 60,
     ) -> Claim:
         """Claim, in a transaction of its own unless ``conn`` is in one."""
         if conn is None:
@@ -196,6 +197,7 @@ class Scene:
                     worker_id=worker_id,
                     alone=alone,
                     guard_s=guard_s,
+                    burst_s=burst_s,
                 )
         return await queue.claim(
             conn,
@@ -206,6 +208,7 @@ class Scene:
             alone=alone,
             guard_s=guard_s,
             grace_s=60,
+            burst_s=burst_s,
         )
 
     async def settle(

@@ -17,17 +17,16 @@ from app.db import Connection, Database
 from app.errors import ConflictError, ValidationError
 from app.ids import uuid7
 from app.queue import Outcome
-from tests.conftest import clone, drop
+from tests.conftest import cloned
 from tests.scene import BODY, Scene, until_blocked
 
 
 @pytest.fixture(scope="module")
 async def world(cluster: str, template: str) -> AsyncIterator[Database]:
     """One database for this file; a tenant for every test."""
-    url = clone(cluster, template)
-    async with Database(url, size=6) as db:
-        yield db
-    drop(cluster, url)
+    with cloned(cluster, template) as url:
+        async with Database(url, size=6) as db:
+            yield db
 
 
 @pytest.fixture

@@ -16,17 +16,16 @@ from app.batches import Batch
 from app.db import Connection, Database
 from app.ids import uuid7
 from app.queue import Claim, Item, Outcome
-from tests.conftest import clone, drop
+from tests.conftest import cloned
 from tests.scene import Scene, until_blocked
 
 
 @pytest.fixture(scope="module")
 async def world(cluster: str, template: str) -> AsyncIterator[Database]:
     """One database for this file, whose sessions know the functions; a tenant for every test."""
-    url = clone(cluster, template)
-    async with Database(url, size=6) as db:
-        yield db
-    drop(cluster, url)
+    with cloned(cluster, template) as url:
+        async with Database(url, size=6) as db:
+            yield db
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ async def test_a_claim_whose_statement_began_before_anothers_commit_sees_it(scen
             two.execute(
                 "with pause as materialized (select pg_advisory_xact_lock(4711))"
                 " select seq from pause cross join lateral"
-                " claim(%s, %s, %s, 20, true, '1 s', '60 s') where seq is not null",
+                " claim(%s, %s, %s, 20, true, '1 s', '60 s', 60) where seq is not null",
                 (scene.workspace_id, scene.resource_id, scene.worker_id),
             )
         )

@@ -15,7 +15,7 @@ from app import queue
 from app.db import Database
 from app.ids import uuid7
 from app.queue import Item, Lapsed, Outcome
-from tests.conftest import clone, drop
+from tests.conftest import cloned
 from tests.scene import Scene
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -24,10 +24,9 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 @pytest.fixture(scope="module")
 async def world(cluster: str, template: str) -> AsyncIterator[Database]:
     """One database for this file, whose sessions know the functions; a tenant for every test."""
-    url = clone(cluster, template)
-    async with Database(url, size=6) as db:
-        yield db
-    drop(cluster, url)
+    with cloned(cluster, template) as url:
+        async with Database(url, size=6) as db:
+            yield db
 
 
 @pytest.fixture
@@ -1158,3 +1157,17 @@ async def test_a_duty_has_one_holder_until_it_is_left_or_lapses(scene: Scene) ->
         assert not await queue.take_duty(conn, name=name, holder_id=one, for_s=60)
         await queue.release_duty(conn, name=name, holder_id=two)
         assert await queue.take_duty(conn, name=name, holder_id=one, for_s=60)
+
+
+async def test_a_request_limit_allows_a_burst_and_then_its_even_rate(scene: Scene) -> None:
+    """One per second: three at once, then nothing more until time has passed; no time, no more."""
+    await scene.limit(requests=60)
+    await scene.submit(40)
+    first = await scene.claim(burst_s=3)
+    assert len(first.items) == 3
+    at_once = await scene.claim(burst_s=3)  # what a slot of half a second and the test itself add
+    assert len(at_once.items) <= 1
+    assert at_once.wait_s is not None
+    assert 0 < at_once.wait_s <= 3
+    await scene.age(seconds=10)
+    assert len((await scene.claim(burst_s=3)).items) == 3

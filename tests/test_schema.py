@@ -4,7 +4,7 @@ import psycopg
 import pytest
 
 from app import migrate
-from tests.conftest import clone, drop
+from tests.conftest import cloned
 
 FINGERPRINTS = {
     "columns": """
@@ -61,13 +61,10 @@ def fingerprint(url: str) -> dict[str, set[tuple[object, ...]]]:
 
 
 def test_migrations_lead_to_schema_sql(cluster: str, shared_database: str) -> None:
-    empty = clone(cluster, "template0")
-    try:
+    with cloned(cluster, "template0") as empty:
         assert migrate.migrate(empty)
         assert migrate.migrate(empty) == []
         migrated, written = fingerprint(empty), fingerprint(shared_database)
-    finally:
-        drop(cluster, empty)
     for kind, rows in written.items():
         assert migrated[kind] == rows, f"{kind} differ"
 

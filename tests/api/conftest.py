@@ -1,8 +1,13 @@
-"""The real API over loopback HTTP, on a database of the test's own; the test plays the worker."""
+"""The real API over loopback HTTP; the test plays the worker.
+
+``service``       a tenant of the test's own, on a server and a database that the folder shares.
+``lone_service``  the same on a server and a database of the test's own: to stop it, to take its
+                  database away, to give it other ``settings``.
+"""
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,32 +22,72 @@ from app.api import application
 from app.api.context import Context
 from app.api.streams import Hub
 from app.db import Database
+from app.doorbell import EVENTS
 from app.ids import uuid7
 from app.queue import Item, Outcome, Settlement
 from app.secrets import Keyring
 from app.settings import Settings
 from app.tenants import Environment
+from tests.conftest import cloned
 
 Json = dict[str, Any]
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for something that happens in this loop, within a deadline."""
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110 - what is awaited tells nobody
+            await asyncio.sleep(0.01)
+
+
 @dataclass(slots=True, kw_only=True)
-class Service:
-    """A served API, a tenant with a connection and a resource, and a client with its key."""
+class Server:
+    """A served API."""
 
     url: str
     db: Database
     settings: Settings
     keyring: Keyring
+    app: Litestar
+    stop: asyncio.Event
+
+    @property
+    def context(self) -> Context:
+        return self.app.state.context
+
+    @property
+    def hub(self) -> Hub:
+        return self.context.hub
+
+    async def stored(self) -> tuple[int, int]:
+        """Batches and items in the database, whoever owns them."""
+        async with self.db.connection() as conn:
+            cursor = await conn.execute(
+                "select (select count(*) from batches), (select count(*) from items)"
+            )
+            row = await cursor.fetchone()
+        assert row is not None
+        return row[0], row[1]
+
+    async def settled_down(self) -> None:
+        """Nothing that a test began goes on: no stream is followed, no chore is left."""
+        context, hub = self.context, self.hub
+        await until(lambda: not hub._followed and not context.chores)  # pyright: ignore[reportPrivateUsage] - the leak looked for
+
+
+@dataclass(slots=True, kw_only=True)
+class Service(Server):
+    """A served API, a tenant with a connection and a resource, and a client with its key."""
+
     environment: Environment
     connection_id: UUID
     resource_id: UUID
     key: str
     key_id: UUID
     http: httpx.AsyncClient
-    app: Litestar
-    stop: asyncio.Event
+    stored_before: tuple[int, int]
     worker_id: UUID = field(default_factory=uuid7)
+    silent: bool = False  # the worker's rings are all lost
 
     @property
     def batches(self) -> str:
@@ -52,13 +97,10 @@ class Service:
     def tenant(self) -> str:
         return f"{self.environment.workspace_id}/{self.environment.environment_id}"
 
-    @property
-    def context(self) -> Context:
-        return self.app.state.context
-
-    @property
-    def hub(self) -> Hub:
-        return self.context.hub
+    async def added(self) -> tuple[int, int]:
+        """Batches and items that came since the test began, whoever owns them."""
+        batches, items = await self.stored()
+        return batches - self.stored_before[0], items - self.stored_before[1]
 
     def item(self, text: str = "hello", **more: object) -> Json:
         request = {"messages": [{"role": "user", "content": text}]}
@@ -88,8 +130,10 @@ class Service:
                 want=want,
                 alone=True,
                 guard_s=1.0,
+                burst_s=60,
                 grace_s=60.0,
             )
+        self.ring(taken.items)
         return taken.items
 
     async def settle(
@@ -136,6 +180,11 @@ class Service:
                 bodies=bodies,
             )
         assert all(s.settled for s in settled)
+        self.ring(items)
+
+    def ring(self, items: Sequence[Item]) -> None:
+        if not self.silent:
+            self.context.ringer.ring(EVENTS, {item.batch_id for item in items})
 
     async def fail(self, items: Sequence[Item]) -> None:
         await self.settle(items, Outcome.rejected, error="bad_request")
@@ -244,18 +293,25 @@ async def served(
         await serving
 
 
-@pytest.fixture
-async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
-    """The API with a tenant in it."""
+@asynccontextmanager
+async def server_on(db: Database, settings: Settings) -> AsyncGenerator[Server]:
     keyring = Keyring(Keyring.generate())
-    async with db.transaction() as conn:
+    apps: list[Litestar] = []
+    async with served(settings, db, keyring, apps) as (url, stop):
+        yield Server(url=url, db=db, settings=settings, keyring=keyring, app=apps[0], stop=stop)
+
+
+@asynccontextmanager
+async def service_on(server: Server) -> AsyncGenerator[Service]:
+    """A new tenant on it."""
+    async with server.db.transaction() as conn:
         environment = await tenants.create_workspace(conn, name="acme", environment="test")
         workspace_id, environment_id = environment.workspace_id, environment.environment_id
         connection_id = await tenants.create_connection(
             conn,
             workspace_id=workspace_id,
             environment_id=environment_id,
-            keyring=keyring,
+            keyring=server.keyring,
             name="fake",
             provider="openai-compatible",
             base_url="http://127.0.0.1:9/v1",
@@ -273,24 +329,52 @@ async def service(db: Database, settings: Settings) -> AsyncIterator[Service]:
         key_id, key = await tenants.create_api_key(
             conn, workspace_id=workspace_id, environment_id=environment_id, name="all"
         )
-    apps: list[Litestar] = []
-    async with (
-        served(settings, db, keyring, apps) as (url, stop),
-        httpx.AsyncClient(
-            base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60, trust_env=False
-        ) as http,
-    ):
+    headers = {"authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(
+        base_url=server.url, headers=headers, timeout=60, trust_env=False
+    ) as http:
         yield Service(
-            url=url,
-            db=db,
-            settings=settings,
-            keyring=keyring,
+            url=server.url,
+            db=server.db,
+            settings=server.settings,
+            keyring=server.keyring,
+            app=server.app,
+            stop=server.stop,
             environment=environment,
             connection_id=connection_id,
             resource_id=resource_id,
             key=key,
             key_id=key_id,
             http=http,
-            app=apps[0],
-            stop=stop,
+            stored_before=await server.stored(),
         )
+
+
+@pytest.fixture(scope="package")
+def shared_api_database(cluster: str, template: str) -> Iterator[str]:
+    with cloned(cluster, template) as url:
+        yield url
+
+
+@pytest.fixture(scope="package")
+async def shared_server(shared_api_database: str) -> AsyncIterator[Server]:
+    async with (
+        Database(shared_api_database, size=6) as db,
+        server_on(db, Settings(port=0)) as server,
+    ):
+        yield server
+
+
+@pytest.fixture
+async def service(shared_server: Server) -> AsyncIterator[Service]:
+    """A tenant of the test's own."""
+    async with service_on(shared_server) as made:
+        yield made
+    await shared_server.settled_down()
+
+
+@pytest.fixture
+async def lone_service(db: Database, settings: Settings) -> AsyncIterator[Service]:
+    """A tenant on a server and a database of the test's own."""
+    async with server_on(db, settings) as server, service_on(server) as made:
+        yield made

@@ -147,7 +147,10 @@ async def test_disabled_and_expired_keys_look_unknown(service: Service) -> None:
     for change in ("enabled = false", "expires_at = now() - interval '1 second'"):
         key = await key_for(service, service.environment)
         async with service.db.connection() as conn:
-            await conn.execute(f"update api_keys set {change} where name = 'other'".encode())  # noqa: S608 - ours
+            await conn.execute(
+                f"update api_keys set {change} where name = 'other' and workspace_id = %s".encode(),  # noqa: S608 - ours
+                (service.environment.workspace_id,),
+            )
         answer = await service.http.get("/v1/whoami", headers={"x-api-key": key})
         assert (answer.status_code, answer.json()) == (401, unknown.json())
 
@@ -155,7 +158,10 @@ async def test_disabled_and_expired_keys_look_unknown(service: Service) -> None:
 async def test_the_use_of_a_key_is_noted(service: Service) -> None:
     await service.get("/v1/whoami")
     async with service.db.connection() as conn:
-        cursor = await conn.execute("select last_used_at is not null from api_keys")
+        cursor = await conn.execute(
+            "select last_used_at is not null from api_keys where api_key_id = %s",
+            (service.key_id,),
+        )
         assert await cursor.fetchone() == (True,)
 
 

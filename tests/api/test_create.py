@@ -202,18 +202,7 @@ async def test_the_documented_callback_client_is_told_that_callbacks_come_later(
     )
     assert answer.status_code == 400
     assert "arrive in a later version" in answer.json()["errorMessage"]
-    assert await stored(service) == (0, 0)
-
-
-async def stored(service: Service) -> tuple[int, int]:
-    """Batches and items in the database."""
-    async with service.db.connection() as conn:
-        cursor = await conn.execute(
-            "select (select count(*) from batches), (select count(*) from items)"
-        )
-        row = await cursor.fetchone()
-    assert row is not None
-    return row[0], row[1]
+    assert await service.added() == (0, 0)
 
 
 async def refused(service: Service, body: object, status: int = 400, **headers: str) -> Json:
@@ -226,7 +215,7 @@ async def refused(service: Service, body: object, status: int = 400, **headers: 
     assert answer.status_code == status, answer.text
     told = answer.json()
     assert set(told) == {"errorMessage", "errorCode", "details"}
-    assert await stored(service) == (0, 0)
+    assert await service.added() == (0, 0)
     return told
 
 
@@ -438,36 +427,43 @@ class TestSmallLimits:
     def settings(self) -> Settings:
         return Settings(port=0, max_body_bytes=100_000, max_items=50, max_item_bytes=1000)
 
-    async def test_an_announced_body_that_is_too_large_is_not_read(self, service: Service) -> None:
-        told = await refused(service, b" " * 100_001, 413)
+    async def test_an_announced_body_that_is_too_large_is_not_read(
+        self, lone_service: Service
+    ) -> None:
+        told = await refused(lone_service, b" " * 100_001, 413)
         assert told["errorCode"] == "REQUEST_TOO_LARGE"
         assert "SLUICE_MAX_BODY_BYTES" in told["errorMessage"]
 
     async def test_a_body_that_grows_too_large_is_refused_while_it_comes(
-        self, service: Service
+        self, lone_service: Service
     ) -> None:
         async def endless() -> AsyncIterator[bytes]:
             while True:
                 yield b" " * 10_000
 
         try:
-            answer = await service.http.post(service.batches, content=endless())
+            answer = await lone_service.http.post(lone_service.batches, content=endless())
         except (httpx.WriteError, httpx.ReadError):  # cut off before the answer was read
             return
         assert answer.status_code == 413
 
-    async def test_too_many_items_and_too_large_ones_are_refused(self, service: Service) -> None:
-        told = await refused(service, {"type": "ASYNC", "items": [service.item()] * 51})
+    async def test_too_many_items_and_too_large_ones_are_refused(
+        self, lone_service: Service
+    ) -> None:
+        told = await refused(lone_service, {"type": "ASYNC", "items": [lone_service.item()] * 51})
         assert "SLUICE_MAX_ITEMS" in told["errorMessage"]
         told = await refused(
-            service, {"type": "ASYNC", "items": [service.item(), service.item("x" * 1000)]}
+            lone_service,
+            {"type": "ASYNC", "items": [lone_service.item(), lone_service.item("x" * 1000)]},
         )
         assert paths(told) == ["items[1].request"]
-        told = await refused(service, {"type": "ASYNC", "items": [service.item("x" * 80_000)]})
+        told = await refused(
+            lone_service, {"type": "ASYNC", "items": [lone_service.item("x" * 80_000)]}
+        )
         assert paths(told) == ["items[0]"]
         assert "SLUICE_MAX_ITEM_BYTES" in told["errorMessage"]
         told = await refused(
-            service, {"items": [service.item()], "type": "ASYNC", "name": "x" * 300}
+            lone_service, {"items": [lone_service.item()], "type": "ASYNC", "name": "x" * 300}
         )
         assert paths(told) == ["name"]
 
@@ -498,7 +494,7 @@ async def test_a_client_that_leaves_while_sending_is_no_error_of_ours(
         while "status=400" not in caplog.text:  # noqa: ASYNC110 - a log tells nobody
             await asyncio.sleep(0.01)
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
-    assert await stored(service) == (0, 0)
+    assert await service.added() == (0, 0)
 
 
 async def test_a_full_disk_is_told_and_keeps_nothing(
@@ -525,7 +521,7 @@ async def test_the_same_request_twice_is_one_batch(service: Service) -> None:
     assert first.json() == again.json()
     assert "idempotent-replayed" not in first.headers
     assert again.headers["idempotent-replayed"] == "true"
-    assert await stored(service) == (1, 1)
+    assert await service.added() == (1, 1)
 
 
 async def test_the_same_key_for_another_request_is_a_conflict(service: Service) -> None:
@@ -554,7 +550,7 @@ async def test_concurrent_duplicates_make_one_batch(service: Service) -> None:
     assert {a.status_code for a in answers} == {201}
     assert len({a.json()["batchId"] for a in answers}) == 1
     assert sorted("idempotent-replayed" in a.headers for a in answers) == [False] + [True] * 4
-    assert await stored(service) == (1, 300)
+    assert await service.added() == (1, 300)
 
 
 async def test_a_repeated_sync_request_gets_the_originals_stream(service: Service) -> None:
@@ -570,7 +566,7 @@ async def test_a_repeated_sync_request_gets_the_originals_stream(service: Servic
                 if line.startswith("id: ") or "[DONE]" in line:
                     told.append(line)
     assert told == ["id: 1", "id: 2", "id: 3", "id: 4", "id: 5", "data: [DONE]"] * 2
-    assert await stored(service) == (1, 1)
+    assert await service.added() == (1, 1)
 
 
 # The database is away -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -14,14 +13,7 @@ from app.api import streams
 from app.events import Event
 from app.ids import created_on, uuid7
 from app.settings import Settings
-from tests.api.conftest import Service
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for something that happens in this loop, within a deadline."""
-    async with asyncio.timeout(20):
-        while not true():  # noqa: ASYNC110 - what is awaited tells nobody
-            await asyncio.sleep(0.01)
+from tests.api.conftest import Service, until
 
 
 async def test_a_sync_stream_tells_everything_in_order(service: Service) -> None:
@@ -197,22 +189,22 @@ async def test_a_client_that_leaves_is_noticed_at_once(service: Service) -> None
     assert not service.hub._followed  # pyright: ignore[reportPrivateUsage] - the leak looked for
 
 
-async def test_a_ring_wakes_sooner_than_the_safety_look(service: Service) -> None:
-    service.hub._look_s = 3600  # pyright: ignore[reportPrivateUsage] - not in this test
-    batch = await service.create()
-    async with service.follow(batch) as stream:
+async def test_a_ring_wakes_sooner_than_the_safety_look(lone_service: Service) -> None:
+    lone_service.hub._look_s = 3600  # pyright: ignore[reportPrivateUsage] - not in this test
+    batch = await lone_service.create()
+    async with lone_service.follow(batch) as stream:
         await stream.event()
-        await service.work()
-        service.context.ringer.ring("sluice_events", [streams.UUID(batch["batchId"])])
+        await lone_service.work()
         async with asyncio.timeout(5):
             assert len(await stream.rest()) == 4
 
 
 async def test_a_lost_ring_delays_only(service: Service) -> None:
+    service.silent = True
     batch = await service.create()
     async with service.follow(batch) as stream:
         await stream.event()
-        await service.work()  # nobody rings
+        await service.work()
         assert len(await stream.rest()) == 4
 
 
@@ -221,16 +213,18 @@ class TestPing:
     def settings(self) -> Settings:
         return Settings(port=0, sse_keepalive_s=0.05)
 
-    async def test_a_silent_stream_shows_that_it_lives(self, service: Service) -> None:
-        batch = await service.create()
-        async with service.follow(batch, after="1") as stream:
+    async def test_a_silent_stream_shows_that_it_lives(self, lone_service: Service) -> None:
+        batch = await lone_service.create()
+        async with lone_service.follow(batch, after="1") as stream:
             assert [await stream.block() for _ in range(3)] == [": ping"] * 3
 
-    async def test_a_stream_outlives_the_database(self, service: Service, cluster: str) -> None:
+    async def test_a_stream_outlives_the_database(
+        self, lone_service: Service, cluster: str
+    ) -> None:
         """While the database refuses everybody it pings; afterwards it goes on where it was."""
-        batch = await service.create()
-        name = str(conninfo_to_dict(service.db.url)["dbname"])
-        async with service.follow(batch) as stream:
+        batch = await lone_service.create()
+        name = str(conninfo_to_dict(lone_service.db.url)["dbname"])
+        async with lone_service.follow(batch) as stream:
             await stream.event()
             with psycopg.connect(cluster, autocommit=True) as conn:
                 conn.execute(f"alter database {name} allow_connections false".encode())
@@ -241,7 +235,7 @@ class TestPing:
                 for _ in range(40):
                     assert await stream.block() == ": ping"
                 conn.execute(f"alter database {name} allow_connections true".encode())
-            await service.work()
+            await lone_service.work()
             assert len(await stream.rest()) == 4
 
 
@@ -250,7 +244,9 @@ async def test_a_batch_that_vanishes_ends_its_stream_with_an_error(service: Serv
     async with service.follow(batch) as stream:
         await stream.event()
         async with service.db.connection() as conn:
-            await conn.execute("delete from batches")
+            await conn.execute(
+                "delete from batches where batch_id = %s", (streams.UUID(batch["batchId"]),)
+            )
         blocks = [await stream.block(), await stream.block(), await stream.block()]
     assert json.loads((blocks[0] or "").removeprefix("data: ")) == {
         "error": {"message": "This batch no longer exists.", "code": "COMPLETION_BATCH_NOT_FOUND"}
@@ -310,11 +306,11 @@ def created_at() -> streams.batches.datetime:
     return streams.batches.datetime(day.year, day.month, day.day, tzinfo=streams.wire.UTC)
 
 
-async def test_streams_end_when_the_server_stops(service: Service) -> None:
-    batch = await service.create()
-    async with service.follow(batch) as stream:
+async def test_streams_end_when_the_server_stops(lone_service: Service) -> None:
+    batch = await lone_service.create()
+    async with lone_service.follow(batch) as stream:
         await stream.event()
-        service.hub.close()
+        lone_service.hub.close()
         with pytest.raises(AssertionError, match="without a terminator"):
             await stream.event()
 

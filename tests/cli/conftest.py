@@ -5,11 +5,13 @@ import csv
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,12 +37,20 @@ def until(
     by: subprocess.Popen[str] | None = None,
     seconds: float = PATIENCE_S,
 ) -> None:
-    """Look again and again until something holds; fails after ``seconds``, or when ``by`` ended."""
+    """Look again and again until something holds; fails after ``seconds``, or when ``by`` ended.
+
+    The failure shows what ``by`` said, and where it was.
+    """
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
         if by is not None and by.poll() is not None:
             pytest.fail(f"exit code {by.returncode} before {what}: {by.communicate()}")
+        if time.monotonic() > deadline:
+            said: object = "nobody"
+            if by is not None:
+                by.send_signal(signal.SIGABRT)  # faulthandler tells where it is
+                said = by.communicate(timeout=10)
+            pytest.fail(f"waited {seconds:.0f} s in vain until {what}: {said}")
         threading.Event().wait(0.02)
 
 
@@ -113,7 +123,7 @@ class Cli:
         process = subprocess.Popen(
             [*command, sys.executable, "-m", "app.cli", *arguments],
             cwd=self.folder,
-            env=kept | self.env,
+            env=kept | {"PYTHONFAULTHANDLER": "1"} | self.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -142,9 +152,8 @@ class Cli:
         return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.fixture
-def migrated(database: str) -> str:
-    """A database of the test's own that says which revision it is at."""
+def say_migrated(database: str) -> str:
+    """Let a clone of the template say which revision it is at."""
     with psycopg.connect(database, autocommit=True) as conn:
         conn.execute("create table if not exists alembic_version (version_num text primary key)")
         conn.execute(
@@ -153,22 +162,37 @@ def migrated(database: str) -> str:
     return database
 
 
-@pytest.fixture
-def cli(migrated: str, tmp_path: Path) -> Iterator[Cli]:
+@contextmanager
+def cli_on(database: str, folder: Path) -> Generator[Cli]:
+    """The command line; what it leaves running is killed."""
     made = Cli(
-        folder=tmp_path,
+        folder=folder,
         env={
-            "SLUICE_HOME": str(tmp_path / "home"),
-            "SLUICE_DATABASE_URL": migrated,
+            "SLUICE_HOME": str(folder / "home"),
+            "SLUICE_DATABASE_URL": database,
             "SLUICE_SECRET_KEY": Keyring.generate(),
             "SLUICE_BACKOFF_BASE_S": "0.05",
         },
     )
-    yield made
-    for process in made.started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    try:
+        yield made
+    finally:
+        for process in made.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def migrated(database: str) -> str:
+    """A database of the test's own that says which revision it is at."""
+    return say_migrated(database)
+
+
+@pytest.fixture
+def cli(migrated: str, tmp_path: Path) -> Iterator[Cli]:
+    with cli_on(migrated, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.cli.conftest import Cli, Provider, until
+from tests.cli.conftest import Cli, Provider, cli_on, say_migrated, until
+from tests.conftest import cloned
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
@@ -34,15 +36,29 @@ def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM)
     return complaints
 
 
-@pytest.fixture
-def up(cli: Cli) -> Iterator[dict[str, Any]]:
-    """A service in one process; what it told when it was ready."""
-    process = cli.start("up", "--json", "--port", "0")
-    told: dict[str, Any] = json.loads(first_line(process))
-    yield told
-    complaints = end(process)
-    assert process.returncode == 0, complaints
-    assert "Traceback" not in complaints
+@dataclass(frozen=True)
+class Up:
+    """A service in one process, shared by the tests of this file; each asks it for other things."""
+
+    cli: Cli
+    told: dict[str, Any]
+
+    @property
+    def at(self) -> list[str]:
+        return ["--server", self.told["url"], "--key", self.told["key"]]
+
+
+@pytest.fixture(scope="module")
+def up(cluster: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with (
+        cloned(cluster, template) as database,
+        cli_on(say_migrated(database), tmp_path_factory.mktemp("up")) as cli,
+    ):
+        process = cli.start("up", "--json", "--port", "0")
+        yield Up(cli, json.loads(first_line(process)))
+        complaints = end(process)
+        assert process.returncode == 0, complaints
+        assert "Traceback" not in complaints
 
 
 def whoami(told: dict[str, Any]) -> dict[str, Any]:
@@ -51,11 +67,11 @@ def whoami(told: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def test_up_tells_how_to_enter_when_it_is_ready(up: dict[str, Any]) -> None:
-    assert sorted(up) == ["environmentId", "key", "url", "workspaceId"]
-    known = whoami(up)
-    assert known["workspaceId"] == up["workspaceId"]
-    assert known["environmentId"] == up["environmentId"]
+def test_up_tells_how_to_enter_when_it_is_ready(up: Up) -> None:
+    assert sorted(up.told) == ["environmentId", "key", "url", "workspaceId"]
+    known = whoami(up.told)
+    assert known["workspaceId"] == up.told["workspaceId"]
+    assert known["environmentId"] == up.told["environmentId"]
 
 
 def test_embedded_up_shows_its_key_again(cli: Cli) -> None:
@@ -77,16 +93,16 @@ def test_embedded_up_shows_its_key_again(cli: Cli) -> None:
     assert checked.exit_code == 0, checked.output
 
 
-def test_key_of_a_given_database_is_shown_once(cli: Cli, up: dict[str, Any]) -> None:
-    assert up["key"]
-    process = cli.start("serve", "--port", "0")
+def test_key_of_a_given_database_is_shown_once(up: Up) -> None:
+    assert up.told["key"]
+    process = up.cli.start("serve", "--port", "0")
     told = ""
     while "API guide" not in told:
         told += first_line(process)
     end(process)
     assert process.returncode == 0
     assert "use the one you were given" in told
-    assert up["workspaceId"] in told
+    assert up.told["workspaceId"] in told
 
 
 def test_port_in_use_is_one_sentence(cli: Cli) -> None:
@@ -102,12 +118,11 @@ def test_port_in_use_is_one_sentence(cli: Cli) -> None:
 
 
 def test_server_answers_a_file_and_its_batches_can_be_seen(
-    cli: Cli, up: dict[str, Any], provider: Provider
+    cli: Cli, up: Up, provider: Provider
 ) -> None:
     cli.questions(["one", "two ", "two"])
-    at = ["--server", up["url"], "--key", up["key"]]
     command = ["run", "q.csv", "--prompt", "Say {text}", "--base-url", provider.url]
-    command += ["--model", "m", "--rpm", "600", "--output", "out.csv", *at]
+    command += ["--model", "m", "--rpm", "600", "--output", "out.csv", *up.at]
     ended = cli.run(*command)
     assert ended.exit_code == 0, ended.output
     assert [row["text"] for row in cli.rows()] == ["one", "two ", "two"]
@@ -116,37 +131,34 @@ def test_server_answers_a_file_and_its_batches_can_be_seen(
     assert provider.report()["received"] == 3
     batch = re.search(r"Batch (\S+)", ended.stderr)
     assert batch is not None
-    listed = cli.run("batches", "list", *at).stdout
+    listed = cli.run("batches", "list", *up.at).stdout
     assert listed.count("completed") == 1
     assert batch[1] in listed
-    assert "answered    3" in cli.run("batches", "show", batch[1], *at).stdout
-    assert cli.run("batches", "watch", batch[1], *at).exit_code == 0
-    refused = cli.run("batches", "cancel", batch[1], *at)
+    assert "answered    3" in cli.run("batches", "show", batch[1], *up.at).stdout
+    assert cli.run("batches", "watch", batch[1], *up.at).exit_code == 0
+    refused = cli.run("batches", "cancel", batch[1], *up.at)
     assert refused.exit_code == 1
     assert "already ended" in refused.stderr
 
 
-def test_detaching_leaves_the_server_at_work(
-    cli: Cli, up: dict[str, Any], provider: Provider
-) -> None:
+def test_detaching_leaves_the_server_at_work(cli: Cli, up: Up, provider: Provider) -> None:
     provider.change(latency_ms=60_000.0)
     cli.questions(["one"])
-    at = ["--server", up["url"], "--key", up["key"]]
     command = ["run", "q.csv", "--prompt", "{text}", "--base-url", provider.url, "--model", "m"]
-    process = cli.start(*command, *at)
+    process = cli.start(*command, *up.at)
     until(lambda: provider.report()["in_flight"] == 1, what="it is asked", by=process)
     complaints = end(process, signal.SIGINT)
     assert process.returncode == 130
     found = re.search(r"sluice batches cancel (\S+)", complaints)
     assert found is not None
     assert "sluice batches watch" in complaints
-    cancelled = cli.run("batches", "cancel", found[1], *at)
+    cancelled = cli.run("batches", "cancel", found[1], *up.at)
     assert "state       cancelled" in cancelled.stdout
     provider.drop_calls()
 
 
-def test_wrong_key_and_silent_server_are_told(cli: Cli, up: dict[str, Any]) -> None:
-    wrong = cli.run("batches", "list", "--server", up["url"], "--key", "slk_wrong")
+def test_wrong_key_and_silent_server_are_told(cli: Cli, up: Up) -> None:
+    wrong = cli.run("batches", "list", "--server", up.told["url"], "--key", "slk_wrong")
     assert wrong.exit_code == 1
     assert "does not know this key" in wrong.stderr
     silent = cli.run("batches", "list", "--server", "http://127.0.0.1:9", "--key", "slk_x")
