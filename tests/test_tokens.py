@@ -269,7 +269,7 @@ odd_json = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(
     st.sampled_from([*ENDPOINTS, "/v1/unknown"]),
     st.dictionaries(st.sampled_from(KEYS) | any_text, odd_json, max_size=6),
