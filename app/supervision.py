@@ -28,9 +28,13 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Cancel all loops and wait for them."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        waiting = set(self._tasks)
+        while waiting:
+            # Again and again: a cancellation can be lost on its way, as asyncio.wait_for loses it
+            # before Python 3.12 when what it waits for is done at that moment (bpo-37658).
+            for task in waiting:
+                task.cancel()
+            _, waiting = await asyncio.wait(waiting, timeout=0.2)
         self._tasks.clear()
 
     async def _keep(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:

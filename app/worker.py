@@ -176,7 +176,8 @@ class Worker:
                 await self._wait_for_slots()
             elif rest.seconds > 0:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), rest.seconds)
+                    async with asyncio.timeout(rest.seconds):
+                        await self._wake.wait()
 
     async def _wait_for_slots(self) -> None:
         """Until slots are free: a few at least, so that claims stay worth their transaction."""
@@ -188,7 +189,8 @@ class Worker:
         while self._free() < enough and (left := until - time.monotonic()) > 0:
             self._slot_freed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._slot_freed.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._slot_freed.wait()
 
     def _free(self) -> int:
         """Slots to claim for; none while too many outcomes wait for the database."""

@@ -219,7 +219,8 @@ async def test_cut_database_connections_lose_nothing(database: str) -> None:
         Scene.open(database, base_url=url, rpm=100_000) as scene,
     ):
         batch = await scene.submit(bodies(400))
-        async with working(scene, database, concurrency=10):
+        # Nobody takes it for dead while its heartbeats are cut: it has to mend everything itself.
+        async with working(scene, database, concurrency=10, dead_after_s=60):
             for share in range(1, 9):
                 await until(lambda s=share: _answered(provider, 40 * s))
                 await _cut_all_connections(database)

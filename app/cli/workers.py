@@ -133,7 +133,8 @@ class _Parent:
             pause_s = random.uniform(most_s / 2, most_s)  # noqa: S311 - jitter
             log.error("worker.crashed", child=number, exit_code=code, pause_s=round(pause_s, 1))
             try:
-                await asyncio.wait_for(self._stopping.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._stopping.wait()
             except TimeoutError:
                 continue
 
