@@ -390,7 +390,8 @@ class Scene:
         """Seconds until a look at a resource is due, by the ready table; infinity if never."""
         return float(
             await self.value(
-                "select extract(epoch from next_at - clock_timestamp()) from ready"
+                # In two steps: Postgres 16 cannot subtract from infinity.
+                "select extract(epoch from next_at) - extract(epoch from clock_timestamp()) from ready"
                 " where resource_id = %s",
                 self.resource_ids[resource],
             )
