@@ -304,7 +304,7 @@ def _meter(behaviour: Behaviour, limit: int) -> Meter:
 def _duration(seconds: float) -> str:
     """Write a duration as OpenAI does: ``20ms``, ``1.5s``, ``6m0s``."""
     milliseconds = math.ceil(seconds * 1000)
-    if milliseconds < 1000:  # noqa: PLR2004
+    if milliseconds < 1000:  # noqa: PLR2004 - of a second
         return f"{milliseconds}ms"
     minutes, rest = divmod(milliseconds, 60_000)
     return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"
@@ -963,7 +963,7 @@ class _Connection(asyncio.Protocol):
                 self._finish_with_error(429, text, kind="requests", headers=headers)
             case "garbage":
                 whole = msgspec.json.encode(_answer(work))
-                is_html = work.chance[3] < 0.5  # noqa: PLR2004
+                is_html = work.chance[3] < 0.5  # noqa: PLR2004 - half of them
                 body = b"<html>[simulated] gateway</html>" if is_html else whole[: len(whole) // 2]
                 self._finish(self._framed(200, body, headers))
             case "cut":

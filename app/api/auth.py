@@ -78,7 +78,7 @@ def require_resources(key: ApiKey, resource_ids: Iterable[UUID]) -> None:
     if lacking:
         raise ForbiddenError(
             f"This API key may not use the resources {', '.join(lacking[:20])}"
-            + (f" and {len(lacking) - 20} more." if len(lacking) > 20 else "."),  # noqa: PLR2004
+            + (f" and {len(lacking) - 20} more." if len(lacking) > 20 else "."),  # noqa: PLR2004 - as many as are named
             code="API_KEY_RESOURCE_NOT_AUTHORIZED",
             details={"resourceIds": lacking[:100]},
         )

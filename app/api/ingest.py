@@ -447,7 +447,7 @@ async def _resolve(
                 found[reference] = resource
     missing = [str(r)[:_MOST_KEY] for r in asked if r not in found]
     if missing:
-        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""  # noqa: PLR2004
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""  # noqa: PLR2004 - as many as are named
         raise NotFoundError(
             f"AI Resource not found: {', '.join(missing[:20])}{more}",
             code="AI_RESOURCE_NOT_FOUND",

@@ -240,7 +240,7 @@ class Server:
                 view.show(batch.snapshot())
                 if batch.is_finished:
                     return batch
-            time.sleep(_LOOK_S)
+            time.sleep(_LOOK_S)  # a poll of the server, no wait for something of ours
 
     # How it is asked ------------------------------------------------------------------------------
 
