@@ -22,7 +22,8 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from app import queue, tokens
+from app import capacity, queue, tokens
+from app.capacity import Amount
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError, Problem, ValidationError
 from app.ids import created_on, uuid7
@@ -50,7 +51,12 @@ class NewItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewBatch:
-    """A batch to create, apart from its items."""
+    """A batch to create, apart from its items.
+
+    ``amounts``: limits of its own, which can only tighten those above it; ``capacity``: the same as
+    people wrote them. ``weight``: its share among batches of the same priority, 0.1 to 100.
+    ``expires_at``: nothing is begun from then on. ``source_ip``: for limits per client address.
+    """
 
     workspace_id: UUID
     environment_id: UUID
@@ -61,7 +67,11 @@ class NewBatch:
     metadata: Mapping[str, object] = field(default_factory=dict[str, object])
     capacity: Sequence[Mapping[str, object]] = ()
     callback_options: Mapping[str, object] | None = None
+    amounts: Sequence[Amount] = ()
     priority: int = 0
+    weight: float = 1
+    expires_at: datetime | None = None
+    source_ip: str | None = None
     max_attempts: int = 5
     idempotency_key: str | None = None
     request_hash: bytes | None = None
@@ -89,6 +99,9 @@ class Batch:
     capacity: list[dict[str, Any]]
     callback_options: dict[str, Any] | None
     priority: int
+    weight: float
+    expires_at: datetime | None
+    expired_at: datetime | None
     total_items: int
     estimated_input_tokens: int
     idempotency_key: str | None
@@ -242,12 +255,17 @@ class Ingest:
         *,
         most_items: int = MOST_ITEMS,
         most_item_bytes: int = 8 * 1024 * 1024,
+        key_amounts: Sequence[Amount] = (),
     ) -> None:
         self._conn = conn
         self._batch = batch
         self._resources = resources
         self._most_items = min(most_items, MOST_ITEMS)
         self._most_item_bytes = most_item_bytes
+        self._own_bounds = (
+            (capacity.most_input_tokens(batch.amounts), "the batch"),
+            (capacity.most_input_tokens(key_amounts), "the api key"),
+        )
         self._flows: dict[UUID, int] = {}
         self._estimated = 0
         self.count = 0
@@ -302,12 +320,18 @@ class Ingest:
             if batch.callback_options is not None
             else None,
             priority=batch.priority,
+            weight=batch.weight,
+            expires_at=batch.expires_at,
+            source_ip=batch.source_ip,
             total_items=self.count,
             estimated_input_tokens=self._estimated,
             idempotency_key=batch.idempotency_key,
             request_hash=batch.request_hash,
             created_by_api_key_id=batch.created_by_api_key_id,
         )
+        scope_ids = [batch.batch_id]
+        if batch.created_by_api_key_id is not None:
+            scope_ids.append(batch.created_by_api_key_id)
         resource_ids = sorted(self._flows)
         await _flows_insert.run(
             conn,
@@ -315,8 +339,22 @@ class Ingest:
             batch_id=batch.batch_id,
             batch_day=batch.batch_day,
             priority=batch.priority,
+            weight=batch.weight,
+            expires_at=batch.expires_at,
+            scope_ids=scope_ids,
             resource_ids=resource_ids,
             items=[self._flows[r] for r in resource_ids],
+        )
+        if batch.amounts:
+            await capacity.open_scope(
+                conn,
+                workspace_id=batch.workspace_id,
+                scope_id=batch.batch_id,
+                kind="batch",
+                amounts=batch.amounts,
+            )
+        await capacity.attach_dimensions(
+            conn, workspace_id=batch.workspace_id, batch_id=batch.batch_id
         )
         await _event_append.run(
             conn,
@@ -350,13 +388,15 @@ class Ingest:
                 continue
             resource = self._resources[item.resource_id]
             estimate = tokens.estimate(batch.endpoint, body, model=resource.model)
-            if resource.most_tokens is not None and estimate.input_tokens > resource.most_tokens:
+            bounds = ((resource.most_tokens, f"resource '{resource.name}'"), *self._own_bounds)
+            exceeded = next((b for b in bounds if b[0] and estimate.input_tokens > b[0]), None)
+            if exceeded is not None:
                 problems.append(
                     Problem(
                         path=path,
                         message=f"its prompt of about {estimate.input_tokens:,} tokens alone is "
-                        f"larger than the limit of {resource.most_tokens:,} tokens of resource "
-                        f"'{resource.name}'; shorten it or raise the limit",
+                        f"larger than the limit of {exceeded[0]:,} tokens of {exceeded[1]}; "
+                        "shorten it or raise the limit",
                     )
                 )
                 continue

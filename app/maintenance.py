@@ -1,6 +1,7 @@
 """Maintenance: what one elected process does for all. It runs inside every worker process.
 
-Every second: reclaim items of vanished workers, let the rows of cancelled batches follow.
+Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, and end
+what a deadline has overtaken.
 Every minute: partitions ahead, old ledger slots, workers long gone, and a look for two things that
 must never be: work that nobody is told of, and unstarted items below a floor.
 """
@@ -78,6 +79,7 @@ class Maintenance:
             return
         await self._reclaim()
         await self._follow_cancels()
+        await self._expire()
         if self._rounds % _ROUNDS_PER_SLOW == 0:
             await self._slow_round()
         self._rounds += 1
@@ -116,6 +118,23 @@ class Maintenance:
                 batch_id=batch.batch_id,
                 batch_day=batch.batch_day,
             )
+
+    async def _expire(self) -> None:
+        async with self._db.connection() as conn:
+            flows = await queue.expired(conn)
+        for flow in flows:
+            expired = total = 1
+            while expired:
+                try:
+                    async with self._db.transaction() as conn:
+                        expired = await queue.expire(conn, flow=flow)
+                except psycopg.Error as error:
+                    if error.sqlstate not in queue.CROSSED:
+                        raise
+                    break  # the next round looks again
+                total += expired
+                self._ringer.ring(EVENTS, {flow.batch_id})
+            log.info("batch.expired", batch=flow.batch_id, items=total - 1)
 
     async def _slow_round(self) -> None:
         today = datetime.now(UTC).date()  # noqa: TID251 - partitions are ahead by days

@@ -26,6 +26,8 @@ any             not HTTP, or an encoding we did not ask for Unreachable  garbage
 2xx             anything else                               Unreachable  garbage
 3xx             redirects are not followed                  Rejected     redirect
 429             error.code or type is insufficient_quota    Throttled    insufficient_quota
+429             code, type or message of concurrent or      Throttled    concurrency_limited
+                parallel requests
 429             otherwise                                   Throttled    rate_limited
 529             otherwise                                   Throttled    overloaded
 503             with Retry-After, or "overloaded"           Throttled    overloaded
@@ -41,13 +43,11 @@ import asyncio
 import functools
 import json
 import logging
-import math
 import re
 import time
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import mktime_tz, parsedate_tz
 from enum import StrEnum
 from http import HTTPStatus
 from types import TracebackType
@@ -65,9 +65,9 @@ from app.http1 import (
     Reply,
     too_large,
 )
+from app.rate_limits import RateLimit, rate_limits, retry_after_s
 
 MOST_QUOTED_CHARS = 500
-MOST_RETRY_AFTER_S = 86_400.0
 QUOTA_RETRY_AFTER_S = 60.0
 
 _log = logging.getLogger("sluice.provider")
@@ -133,6 +133,7 @@ class Answered:
     model: str | None
     request_id: str | None
     latency_ms: int
+    rate_limits: tuple[RateLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +151,7 @@ class Rejected:
     headers: dict[str, str] = field(default_factory=dict[str, str])
     request_id: str | None = None
     latency_ms: int
+    rate_limits: tuple[RateLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +165,7 @@ class Throttled:
     headers: dict[str, str]
     request_id: str | None
     latency_ms: int
+    rate_limits: tuple[RateLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +180,7 @@ class Unreachable:
     headers: dict[str, str] = field(default_factory=dict[str, str])
     request_id: str | None = None
     latency_ms: int
+    rate_limits: tuple[RateLimit, ...] = ()
 
 
 Outcome = Answered | Rejected | Throttled | Unreachable
@@ -227,7 +231,7 @@ class Provider:
                 reply = await connection.exchange(request, most_bytes=self._max_response_bytes)
                 self._connections.give_back(connection)
             reply = _decoded(reply, most_bytes=self._max_response_bytes)
-            return _classify(call, reply, latency_ms=_ms_since(begun))
+            return _classify(call, reply, host=target.origin.host, latency_ms=_ms_since(begun))
         except FaultError as fault:
             return _failed(call, fault, connection, sent=sent, latency_ms=_ms_since(begun))
         except TimeoutError:
@@ -427,6 +431,7 @@ _KEPT_HEADERS = {
     "retry-after",
     "retry-after-ms",
 }
+_CONCURRENCY = re.compile("concurren|simultaneous|parallel[ _-]?(request|call)", re.IGNORECASE)
 _NO_RAW = msgspec.Raw(b"null")
 
 
@@ -471,8 +476,13 @@ class _Verdict:
     message: str = ""
 
 
-def _verdict(  # noqa: C901, PLR0911 - the table of the module's docstring, line by line
-    status: int, *, top: _Top | None, labels: Collection[str | None], retry_after: float | None
+def _verdict(  # noqa: C901, PLR0911, PLR0912 - the table of the module's docstring, line by line
+    status: int,
+    *,
+    top: _Top | None,
+    labels: Collection[str | None],
+    is_crowded: bool,
+    retry_after: float | None,
 ) -> _Verdict:
     """Choose the outcome of a complete HTTP response: the one place where that is decided."""
     if status < HTTPStatus.MULTIPLE_CHOICES:
@@ -489,6 +499,9 @@ def _verdict(  # noqa: C901, PLR0911 - the table of the module's docstring, line
     match status:
         case 429 if "insufficient_quota" in labels:
             return _Verdict("throttled", "insufficient_quota", "The account has no quota left.")
+        case 429 if is_crowded:
+            how = "The provider allows no more calls at once."
+            return _Verdict("throttled", "concurrency_limited", how)
         case 429:
             return _Verdict("throttled", "rate_limited", "The provider's rate limit is reached.")
         case 529:
@@ -508,20 +521,27 @@ def _verdict(  # noqa: C901, PLR0911 - the table of the module's docstring, line
             return _Verdict("rejected", *_REFUSALS.get(status, ours))
 
 
-def _classify(call: Call, reply: Reply, *, latency_ms: int) -> Outcome:
+def _classify(call: Call, reply: Reply, *, host: str, latency_ms: int) -> Outcome:
     """Make the outcome of a complete HTTP response."""
     status, secrets = reply.status_code, _secrets(call)
     top = _top(reply.body)
     failed = status >= HTTPStatus.MULTIPLE_CHOICES or top is None or bytes(top.error) != b"null"
     error = _read(top.error, _Error) if top and failed else None
     labels = {_read(error.code, str), _read(error.type, str)} if error else set[str | None]()
+    said = _said(top, error) if top and failed else ""
     throttled = status == HTTPStatus.TOO_MANY_REQUESTS
-    retry_after = retry_after_s(reply.headers, throttled=throttled) if failed else None
+    is_crowded = any(_CONCURRENCY.search(x) for x in (*labels, said) if x)
+    # Too many at once is over when one of them ends: the resets of rates say nothing of that.
+    by_rate = throttled and not is_crowded
+    retry_after = retry_after_s(reply.headers, throttled=by_rate) if failed else None
     if retry_after is None and throttled and "insufficient_quota" in labels:
         retry_after = QUOTA_RETRY_AFTER_S
-    verdict = _verdict(status, top=top, labels=labels, retry_after=retry_after)
-    message = verdict.message + (_quoted(top, error, secrets) if failed else "")
+    verdict = _verdict(
+        status, top=top, labels=labels, is_crowded=is_crowded, retry_after=retry_after
+    )
+    message = verdict.message + _quoted(said, secrets)
     headers, request_id = _kept(reply.headers, secrets), _request_id(reply.headers)
+    limits = rate_limits(reply.headers, host=host)
     match verdict.kind:
         case "answered":
             return Answered(
@@ -532,6 +552,7 @@ def _classify(call: Call, reply: Reply, *, latency_ms: int) -> Outcome:
                 model=_clean(_read(top.model, str)) if top else None,
                 request_id=request_id,
                 latency_ms=latency_ms,
+                rate_limits=limits,
             )
         case "rejected":
             return Rejected(
@@ -542,6 +563,7 @@ def _classify(call: Call, reply: Reply, *, latency_ms: int) -> Outcome:
                 headers=headers,
                 request_id=request_id,
                 latency_ms=latency_ms,
+                rate_limits=limits,
             )
         case "throttled":
             return Throttled(
@@ -552,6 +574,7 @@ def _classify(call: Call, reply: Reply, *, latency_ms: int) -> Outcome:
                 headers=headers,
                 request_id=request_id,
                 latency_ms=latency_ms,
+                rate_limits=limits,
             )
         case "unreachable":
             return Unreachable(
@@ -562,6 +585,7 @@ def _classify(call: Call, reply: Reply, *, latency_ms: int) -> Outcome:
                 headers=headers,
                 request_id=request_id,
                 latency_ms=latency_ms,
+                rate_limits=limits,
             )
         case _:
             assert_never(verdict.kind)
@@ -660,12 +684,13 @@ def usage(raw: msgspec.Raw | bytes) -> Usage | None:
     )
 
 
-def _quoted(top: _Top | None, error: _Error | None, secrets: Sequence[str]) -> str:
-    """Quote the provider: OpenAI's ``error.message``, or what others write in its place."""
-    if top is None:
-        return ""
+def _said(top: _Top, error: _Error | None) -> str:
+    """Find the provider's words: OpenAI's ``error.message``, or what others write in its place."""
     places = [error.message if error else top.error, top.message, top.detail]
-    said = next((text for text in (_clean(_read(raw, str)) for raw in places) if text), None)
+    return next((text for text in (_clean(_read(raw, str)) for raw in places) if text), "")
+
+
+def _quoted(said: str, secrets: Sequence[str]) -> str:
     return f" It says: {_scrubbed(said, secrets)[:MOST_QUOTED_CHARS]}" if said else ""
 
 
@@ -709,70 +734,3 @@ def _kept(headers: Mapping[str, str], secrets: Sequence[str]) -> dict[str, str]:
 def _request_id(headers: Mapping[str, str]) -> str | None:
     found = headers.get("x-request-id") or headers.get("request-id")
     return found[:MOST_HEADER_CHARS] if found else None
-
-
-# When to come back --------------------------------------------------------------------------------
-
-_DURATION = re.compile(
-    r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
-)
-_DURATION_UNITS_S = (86_400.0, 3_600.0, 60.0, 1.0, 0.001)
-
-
-def retry_after_s(headers: Mapping[str, str], *, throttled: bool) -> float | None:
-    """Read when a provider wants to be asked again; None where it does not say. Names in lower case.
-
-    ``retry-after-ms``, then ``retry-after`` in seconds or as an HTTP date (seen from the response's
-    own ``date``, so that clocks need not agree). A throttled response without either: the later of
-    ``x-ratelimit-reset-requests`` and ``-tokens`` whose ``remaining`` is 0, or else of both.
-    """
-    found = _scaled(headers.get("retry-after-ms"), 0.001)
-    if found is None:
-        found = _scaled(headers.get("retry-after"), 1.0)
-    if found is None:
-        found = _seconds_until(headers.get("retry-after"), headers.get("date"))
-    if found is None and throttled:
-        resets = {
-            kind: wait
-            for kind in ("requests", "tokens")
-            if (wait := duration_s(headers.get(f"x-ratelimit-reset-{kind}"))) is not None
-        }
-        spent = [
-            wait
-            for kind, wait in resets.items()
-            if headers.get(f"x-ratelimit-remaining-{kind}", "").strip() == "0"
-        ]
-        found = max(spent or resets.values(), default=None)
-    return None if found is None else min(max(found, 0.0), MOST_RETRY_AFTER_S)
-
-
-def _scaled(text: str | None, unit_s: float) -> float | None:
-    try:
-        value = float(text or "") * unit_s
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _seconds_until(text: str | None, now: str | None) -> float | None:
-    try:
-        then, date = parsedate_tz(text or ""), parsedate_tz(now or "")
-        if then is None:
-            return None
-        return mktime_tz(then) - (mktime_tz(date) if date else time.time())
-    except (ValueError, OverflowError, IndexError, TypeError):
-        return None
-
-
-def duration_s(text: str | None) -> float | None:
-    """Read ``6m0s``, ``2m59.56s``, ``1h2m3s``, ``200ms`` or plain seconds."""
-    if not text:
-        return None
-    found = _DURATION.fullmatch(text.strip())
-    if found is None or not any(found.groups()):
-        return _scaled(text, 1.0)
-    return sum(
-        float(part) * unit
-        for part, unit in zip(found.groups(), _DURATION_UNITS_S, strict=True)
-        if part
-    )

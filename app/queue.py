@@ -23,11 +23,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import StrEnum
+from typing import Literal
 from uuid import UUID
 
 import msgspec
 
 from app.db import Connection, NoRow, Query
+
+
+#: Sqlstates that say that another verb crossed this one: nothing happened, ask again.
+CROSSED = frozenset({"SLCLO", "40P01", "40001"})
+
+#: What a resource's next item waits for; see the comment on the database's wait_reason.
+WaitReason = Literal["capacity", "pace", "concurrency", "cooldown", "retry"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,7 @@ class Claimed:
     max_attempts: int
     input_tokens: int
     output_tokens: int
+    expected_output_tokens: int
     impossible: bool
     endpoint: str
     body: str
@@ -63,6 +72,7 @@ class Claimed:
     busy: bool
     isolated: bool
     next_at: datetime | None
+    reason: WaitReason | None
     waits_for: UUID | None
     config_at: datetime
 
@@ -81,6 +91,7 @@ class Item:
     max_attempts: int
     input_tokens: int
     output_tokens: int
+    expected_output_tokens: int
     impossible: bool
     endpoint: str
     body: str
@@ -102,6 +113,7 @@ class Held:
     max_attempts: int
     input_tokens: int
     output_tokens: int
+    expected_output_tokens: int
     claimed_at: datetime
     limit_ids: list[UUID]
 
@@ -111,9 +123,10 @@ class Claim:
     """What a claim brought, and when it is worth coming back.
 
     ``wait_s``: seconds until a look may find more; 0 at once, None when nothing waits. ``busy``:
-    another worker was claiming from the same resource. ``isolated``: an item that was in flight at
-    many crashes waits for a worker that has nothing else to do. ``config_at``: when the resource
-    or its connection was last changed.
+    another worker was claiming from the same resource, or from a batch or key with limits.
+    ``isolated``: an item that was in flight at many crashes waits for a worker that has nothing else
+    to do. ``reason``: what the next item waits for. ``config_at``: when the resource or its
+    connection was last changed.
     """
 
     items: list[Item]
@@ -121,6 +134,8 @@ class Claim:
     busy: bool
     isolated: bool
     config_at: datetime | None
+    reason: WaitReason | None = None
+    waits_for: UUID | None = None
 
 
 class Outcome(StrEnum):
@@ -153,6 +168,7 @@ class Settlement(msgspec.Struct, kw_only=True, omit_defaults=True):
     limit_ids: tuple[UUID, ...]
     reserved_input_tokens: int
     reserved_output_tokens: int
+    expected_output_tokens: int
     refund: bool
     ord: int = 0
     started_at: datetime | None = None
@@ -171,15 +187,29 @@ class Settlement(msgspec.Struct, kw_only=True, omit_defaults=True):
     headers: dict[str, str] | None = None
 
 
+class Observation(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a reply stated of a provider's limit: so many of a kind per period, so many used."""
+
+    resource_id: UUID
+    kind: Literal["requests", "tokens", "input_tokens", "output_tokens"]
+    period: Literal["minute", "hour", "day", "month"]
+    limit: int
+    used: int | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What became of one outcome; not ``settled``: its item was locked, bring it again."""
+    """What became of one outcome; not ``settled``: its item was locked, bring it again.
+
+    ``wakes``: the settlement gave workers something to do that they do not know of; ring for it.
+    """
 
     ord: int
     settled: bool
     batch_id: UUID
     resource_id: UUID
     becomes: str | None
+    wakes: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +242,16 @@ class Unmarked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Expired:
+    """A flow whose deadline has passed while items of it still wait."""
+
+    workspace_id: UUID
+    batch_day: date
+    batch_id: UUID
+    resource_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BelowFloor:
     """Items that a floor has passed: always a bug."""
 
@@ -229,6 +269,11 @@ class _Reclaimed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Marked:
     marked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expired:
+    expired: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +300,8 @@ _reclaim = Query("queue", "items_reclaim", _Reclaimed)
 _cancel = Query("queue", "batch_cancel", _Status)
 _cancel_chunk = Query("queue", "batch_cancel_chunk", _Marked)
 _unmarked = Query("queue", "batches_unmarked", Unmarked)
+_flows_expired = Query("queue", "flows_expired", Expired)
+_flow_expire = Query("queue", "flow_expire", _Expired)
 _ready_recompute = Query("queue", "ready_recompute", NoRow)
 _below_floor = Query("queue", "items_below_floor", BelowFloor)
 _worker_register = Query("queue", "worker_register", NoRow)
@@ -287,10 +334,12 @@ async def claim(
     guard_s: float,
     grace_s: float,
     burst_s: float,
+    slow_start: int,
 ) -> Claim:
     """Take at most ``want`` items of a resource, as many as its limits allow now.
 
-    ``burst_s``: seconds of a request limit's even rate that may go at once; 60: a whole minute.
+    ``burst_s``: seconds of a limit's even rate that may go at once; 60: a whole minute.
+    ``slow_start``: calls at once of a model that nobody knows a limit of; 0: any number.
     ``alone``: the worker has nothing in flight, so it may take an item suspected of crashing
     workers. Raises psycopg.Error with sqlstate SLCLO when a cancel or pause crossed it: ask again.
     """
@@ -304,6 +353,7 @@ async def claim(
         guard_s=guard_s,
         grace_s=grace_s,
         burst_s=burst_s,
+        slow_start=slow_start,
     )
     items = [
         Item(
@@ -317,11 +367,12 @@ async def claim(
             max_attempts=row.max_attempts,
             input_tokens=row.input_tokens,
             output_tokens=row.output_tokens,
+            expected_output_tokens=row.expected_output_tokens,
             impossible=row.impossible,
             endpoint=row.endpoint,
             body=row.body,
             claimed_at=row.claimed_at,
-            limit_ids=() if row.impossible else tuple(row.limit_ids or ()),
+            limit_ids=tuple(row.limit_ids or ()),
         )
         for row in rows
         if row.seq is not None
@@ -338,6 +389,8 @@ async def claim(
         busy=report.busy,
         isolated=report.isolated,
         config_at=report.config_at,
+        reason=report.reason,
+        waits_for=report.waits_for,
     )
 
 
@@ -355,6 +408,7 @@ async def held_by(conn: Connection, *, worker_id: UUID) -> list[Item]:
             max_attempts=held.max_attempts,
             input_tokens=held.input_tokens,
             output_tokens=held.output_tokens,
+            expected_output_tokens=held.expected_output_tokens,
             impossible=False,
             endpoint="",
             body="",
@@ -372,12 +426,17 @@ async def settle(
     worker_id: UUID,
     settlements: Sequence[Settlement],
     bodies: Sequence[str | None],
+    observed: Sequence[Observation] = (),
+    rest_s: float = 1.0,
+    rest_most_s: float = 60.0,
 ) -> list[Settled]:
     """Record outcomes of one workspace, any number of batches, in this transaction.
 
     Returns one row per settlement, whose ``ord`` is its position from 1; those whose item was
     locked by somebody else are not settled and must be brought again. Repeating a settlement is
-    harmless. ``bodies[n]`` is the provider's JSON text of ``settlements[n]``.
+    harmless. ``bodies[n]`` is the provider's JSON text of ``settlements[n]``. ``observed``: what the
+    replies stated of limits, the latest of each kind. ``rest_s``: how long a model rests that refused
+    without saying how long, doubled with each refusal in a row up to ``rest_most_s``.
     """
     for position, settlement in enumerate(settlements, start=1):
         settlement.ord = position
@@ -387,6 +446,9 @@ async def settle(
         worker_id=worker_id,
         outcomes=_encode(settlements).decode(),
         bodies=list(bodies),
+        observed=_encode(observed).decode() if observed else None,
+        rest_s=rest_s,
+        rest_most_s=rest_most_s,
     )
 
 
@@ -429,6 +491,27 @@ async def cancel_chunk(
         conn, workspace_id=workspace_id, batch_day=batch_day, batch_id=batch_id, most=most
     )
     return row.marked
+
+
+async def expired(conn: Connection, *, most: int = 100) -> list[Expired]:
+    """Flows whose deadline has passed and whose items must still follow."""
+    return await _flows_expired.all(conn, most=most)
+
+
+async def expire(conn: Connection, *, flow: Expired, most: int = 2000) -> int:
+    """End some items of a flow whose deadline has passed; how many.
+
+    Raises psycopg.Error with sqlstate SLCLO when a cancel or a new deadline crossed it.
+    """
+    row = await _flow_expire.one(
+        conn,
+        workspace_id=flow.workspace_id,
+        batch_day=flow.batch_day,
+        batch_id=flow.batch_id,
+        resource_id=flow.resource_id,
+        most=most,
+    )
+    return row.expired
 
 
 async def unmarked(conn: Connection, *, most: int = 100) -> list[Unmarked]:

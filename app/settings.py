@@ -64,7 +64,12 @@ class Settings(BaseModel):
         default=0.3,
         gt=0,
         le=60,
-        description="seconds of a request limit's even rate that may go at once; 60: no pacing",
+        description="seconds of a limit's even rate that may go at once; 60: no pacing",
+    )
+    slow_start: int = Field(
+        default=16,
+        ge=0,
+        description="calls at once to begin with where no limit is known, doubling; 0: no such care",
     )
     lease_grace_s: float = Field(
         default=60.0, gt=0, description="a lease is the call's timeout plus this"

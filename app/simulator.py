@@ -6,11 +6,7 @@ it is what benchmarks and tests are measured against.
 
 **Limits.** Calls and tokens are counted when a call *arrives*; a refused one costs nothing. Tokens
 are the prompt's plus the output's (``charge="actual"``) or plus ``max_tokens`` (``"max"``), all
-charged on arrival. Three algorithms, each exact:
-
-sliding   at most ``rpm`` in any 60 s, however one looks
-fixed     at most ``rpm`` in each minute of the clock, so up to twice as many around its turn
-bucket    refills evenly and holds ``bucket_seconds`` of the rate, so a burst of that is allowed
+charged on arrival. How they are counted stands in `app.simulator_limits`.
 
 **Tokens** of a prompt are a quarter of the characters of its JSON, plus 3: near what tokenizers
 say for English, and cheap. Output tokens are drawn from a log-normal distribution and cut at
@@ -24,7 +20,7 @@ comes, a connection cut within the body, a 200 that is not JSON, a body of one b
 
 Routes: the five ``POST /v1/…`` endpoints of OpenAI that a batch may name, ``GET /v1/models``,
 ``GET /healthz``, ``GET /report``, ``POST /reset`` (report and limits begin again), ``POST /behaviour``
-(a JSON object of `Behaviour` fields to change while running).
+(a JSON object of `Behaviour` fields to change while running; the limits keep what they counted).
 """
 
 import asyncio
@@ -36,41 +32,34 @@ import math
 import statistics
 import struct
 import time
-from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
-from typing import Literal, Protocol, assert_never, cast
+from typing import Literal, assert_never, cast
 
 import httptools
 import msgspec
 
 from app.errors import UsageError
+from app.simulator_limits import Clock, Limiter, Limits, Refusal, duration
+from app.simulator_report import REFUSED_BY, Statistics
 
-WINDOW_S = 60.0
 TRICKLE_S = 0.2
 MOST_BODY_BYTES = 64 * 1024 * 1024
-MOST_BODIES = 2_000_000
-"""Bodies that are told apart for ``called_twice`` and ``answered_twice``: about 300 MB of digests."""
-
-MOST_SECONDS = 7 * 86_400
 ECHOED_CHARS = 160
 CHARS_PER_TOKEN = 4
 
-Clock = Callable[[], float]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Behaviour:
-    """How the simulator behaves. Rates are shares of accepted calls, 0 to 1, together at most 1."""
+class Behaviour(Limits):
+    """How the simulator behaves, its limits included.
+
+    Rates of faults are shares of accepted calls, 0 to 1, together at most 1.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8090
     """0: any free port."""
-    rpm: int | None = None
-    tpm: int | None = None
-    algorithm: Literal["sliding", "fixed", "bucket"] = "sliding"
-    bucket_seconds: float = 60.0
     charge: Literal["actual", "max"] = "actual"
     latency_ms: float = 400.0
     """The median; ``latency_sigma`` is the spread of its logarithm. 0: answer at once."""
@@ -92,18 +81,15 @@ class Behaviour:
     """None: faults, latency and length differ from run to run."""
 
     def __post_init__(self) -> None:
+        Limits.__post_init__(self)  # super() does not find its class where there are slots
         rates = [rate for _, rate in self.faults()]
         if any(not 0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
             raise ValueError("the rates of faults must be 0 to 1 each and together")
-        for name in ("rpm", "tpm"):
-            limit = cast("int | None", getattr(self, name))
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1")
         for name in ("latency_ms", "latency_sigma", "output_sigma", "hang_s"):
             if not 0 <= cast("float", getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must not be negative")
-        if self.bucket_seconds <= 0 or self.output_tokens < 1:
-            raise ValueError("bucket_seconds must be above 0 and output_tokens at least 1")
+        if self.output_tokens < 1:
+            raise ValueError("output_tokens must be at least 1")
 
     def faults(self) -> tuple[tuple["Fault", float], ...]:
         """List what can go wrong with its rate."""
@@ -118,278 +104,6 @@ class Behaviour:
 
 
 Fault = Literal["error", "throttle", "hang", "cut", "garbage", "trickle"]
-
-
-# Limits -------------------------------------------------------------------------------------------
-
-
-class Meter(Protocol):
-    """Counts one thing, calls or tokens, against one limit per minute."""
-
-    @property
-    def limit(self) -> int:
-        """What fits into a minute."""
-        ...
-
-    def remaining(self, now: float) -> int:
-        """How much fits now."""
-        ...
-
-    def wait_s(self, amount: int, now: float) -> float:
-        """How long until ``amount`` fits; 0 if it fits now. What never fits waits a minute."""
-        ...
-
-    def reset_s(self, now: float) -> float:
-        """How long until the whole limit is free again, if nothing comes."""
-        ...
-
-    def add(self, amount: int, now: float) -> None:
-        """Count ``amount``, which must fit."""
-        ...
-
-
-class SlidingMeter:
-    """At most ``limit`` in any 60 s: what came at second 0 counts until just before second 60."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._used = 0
-        self._arrivals: deque[tuple[float, int]] = deque()
-
-    def _forget(self, now: float) -> None:
-        while self._arrivals and self._arrivals[0][0] + WINDOW_S <= now:
-            self._used -= self._arrivals.popleft()[1]
-
-    def remaining(self, now: float) -> int:
-        self._forget(now)
-        return max(0, self.limit - self._used)
-
-    def wait_s(self, amount: int, now: float) -> float:
-        missing = amount - self.remaining(now)
-        if missing <= 0:
-            return 0.0
-        for arrived, freed in self._arrivals:
-            missing -= freed
-            if missing <= 0:
-                return arrived + WINDOW_S - now
-        return WINDOW_S
-
-    def reset_s(self, now: float) -> float:
-        self._forget(now)
-        return self._arrivals[-1][0] + WINDOW_S - now if self._arrivals else 0.0
-
-    def add(self, amount: int, now: float) -> None:
-        self._used += amount
-        self._arrivals.append((now, amount))
-
-
-class FixedMeter:
-    """At most ``limit`` in each 60 s of the clock."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._used = 0
-        self._minute = -1
-
-    def remaining(self, now: float) -> int:
-        minute = math.floor(now / WINDOW_S)
-        if minute != self._minute:
-            self._minute, self._used = minute, 0
-        return self.limit - self._used
-
-    def wait_s(self, amount: int, now: float) -> float:
-        return 0.0 if amount <= self.remaining(now) else (self._minute + 1) * WINDOW_S - now
-
-    def reset_s(self, now: float) -> float:
-        return 0.0 if self.remaining(now) == self.limit else (self._minute + 1) * WINDOW_S - now
-
-    def add(self, amount: int, now: float) -> None:
-        self.remaining(now)  # turns the minute
-        self._used += amount
-
-
-class BucketMeter:
-    """A token bucket: full at first, refilled evenly, holding ``seconds`` of the rate."""
-
-    def __init__(self, limit: int, *, seconds: float) -> None:
-        self.limit = limit
-        self._capacity = max(1.0, limit * seconds / WINDOW_S)
-        self._per_s = limit / WINDOW_S
-        self._level = self._capacity
-        self._at: float | None = None
-
-    def _refill(self, now: float) -> None:
-        if self._at is not None:
-            self._level = min(self._capacity, self._level + (now - self._at) * self._per_s)
-        self._at = now
-
-    def remaining(self, now: float) -> int:
-        self._refill(now)
-        return math.floor(self._level + 1e-9)  # a hair of rounding must not refuse a call
-
-    def wait_s(self, amount: int, now: float) -> float:
-        if amount <= self.remaining(now):
-            return 0.0
-        if amount > self._capacity:
-            return WINDOW_S
-        return (amount - self._level) / self._per_s
-
-    def reset_s(self, now: float) -> float:
-        self._refill(now)
-        return (self._capacity - self._level) / self._per_s
-
-    def add(self, amount: int, now: float) -> None:
-        self._refill(now)
-        self._level -= amount
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Which limit an arrival exceeds, and when it would fit."""
-
-    kind: Literal["requests", "tokens"]
-    limit: int
-    wait_s: float
-
-
-class Limiter:
-    """Admits or refuses arrivals; both limits must have room, else neither is charged."""
-
-    def __init__(self, behaviour: Behaviour, *, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self.meters: dict[Literal["requests", "tokens"], Meter] = {}
-        if behaviour.rpm is not None:
-            self.meters["requests"] = _meter(behaviour, behaviour.rpm)
-        if behaviour.tpm is not None:
-            self.meters["tokens"] = _meter(behaviour, behaviour.tpm)
-
-    def admit(self, *, tokens: int) -> Refusal | None:
-        """Count one call with its tokens, or say why not."""
-        now = self._clock()
-        amounts = {"requests": 1, "tokens": tokens}
-        refusals = [
-            Refusal(kind=kind, limit=meter.limit, wait_s=wait)
-            for kind, meter in self.meters.items()
-            if (wait := meter.wait_s(amounts[kind], now)) > 0
-        ]
-        if refusals:
-            return max(refusals, key=lambda refusal: refusal.wait_s)
-        for kind, meter in self.meters.items():
-            meter.add(amounts[kind], now)
-        return None
-
-    def headers(self) -> dict[str, str]:
-        """Say what is left, as OpenAI does."""
-        now = self._clock()
-        told: dict[str, str] = {}
-        for kind, meter in self.meters.items():
-            told[f"x-ratelimit-limit-{kind}"] = str(meter.limit)
-            told[f"x-ratelimit-remaining-{kind}"] = str(meter.remaining(now))
-            told[f"x-ratelimit-reset-{kind}"] = _duration(meter.reset_s(now))
-        return told
-
-
-def _meter(behaviour: Behaviour, limit: int) -> Meter:
-    match behaviour.algorithm:
-        case "sliding":
-            return SlidingMeter(limit)
-        case "fixed":
-            return FixedMeter(limit)
-        case "bucket":
-            return BucketMeter(limit, seconds=behaviour.bucket_seconds)
-        case _:
-            assert_never(behaviour.algorithm)
-
-
-def _duration(seconds: float) -> str:
-    """Write a duration as OpenAI does: ``20ms``, ``1.5s``, ``6m0s``."""
-    milliseconds = math.ceil(seconds * 1000)
-    if milliseconds < 1000:  # noqa: PLR2004 - of a second
-        return f"{milliseconds}ms"
-    minutes, rest = divmod(milliseconds, 60_000)
-    return (f"{minutes}m" if minutes else "") + f"{rest / 1000:g}s"
-
-
-# What is counted ----------------------------------------------------------------------------------
-
-
-class _Peak:
-    """The most that ever was within any 60 s."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._sum = 0
-        self._recent: deque[tuple[float, int]] = deque()
-
-    def add(self, amount: int, now: float) -> None:
-        while self._recent and self._recent[0][0] + WINDOW_S <= now:
-            self._sum -= self._recent.popleft()[1]
-        self._recent.append((now, amount))
-        self._sum += amount
-        self.peak = max(self.peak, self._sum)
-
-
-class _Bodies:
-    """How often each body was called and answered, in one byte each, up to `MOST_BODIES`."""
-
-    def __init__(self) -> None:
-        self._seen: dict[bytes, int] = {}
-        self.called_twice = 0
-        self.answered_twice = 0
-        self.untracked = 0
-
-    def calls(self, digest: bytes) -> int:
-        """Return how often a body was called, 15 for more."""
-        return self._seen.get(digest, 0) & 15
-
-    def called(self, digest: bytes) -> None:
-        seen = self._seen.get(digest)
-        if seen is not None:
-            calls, answers = seen & 15, seen >> 4
-            self.called_twice += calls == 1
-            self._seen[digest] = min(calls + 1, 15) | answers << 4
-        elif len(self._seen) < MOST_BODIES:
-            self._seen[digest] = 1
-        else:
-            self.untracked += 1
-
-    def answered(self, digest: bytes) -> None:
-        seen = self._seen.get(digest)
-        if seen is not None:
-            calls, answers = seen & 15, seen >> 4
-            self.answered_twice += answers == 1
-            self._seen[digest] = calls | min(answers + 1, 15) << 4
-
-
-class _Statistics:
-    def __init__(self, *, now: float) -> None:
-        self.started = now
-        self.received = 0
-        self.invalid = 0
-        self.unauthorized = 0
-        self.accepted = 0
-        self.refused = 0
-        self.answered = 0
-        self.abandoned = 0
-        self.faults: Counter[str] = Counter()
-        self.input_tokens = 0
-        self.output_tokens = 0
-        self.peak_in_flight = 0
-        self.accepted_per_second: list[int] = []
-        self.bodies = _Bodies()
-        self.arrived_calls, self.arrived_tokens = _Peak(), _Peak()
-        self.accepted_calls, self.accepted_tokens = _Peak(), _Peak()
-
-    def accept(self, digest: bytes, *, tokens: int, now: float) -> None:
-        self.accepted += 1
-        self.bodies.called(digest)
-        self.accepted_calls.add(1, now)
-        self.accepted_tokens.add(tokens, now)
-        second = int(now - self.started)
-        if second < MOST_SECONDS:
-            missing = second + 1 - len(self.accepted_per_second)
-            self.accepted_per_second.extend([0] * missing)
-            self.accepted_per_second[second] += 1
 
 
 # Requests and answers -----------------------------------------------------------------------------
@@ -596,7 +310,7 @@ class Simulator:
     def __init__(self, behaviour: Behaviour, *, clock: Clock = time.monotonic) -> None:
         self.behaviour = behaviour
         self.in_flight = 0
-        self.statistics = _Statistics(now=clock())
+        self.statistics = Statistics(now=clock())
         self._clock = clock
         self._limiter = Limiter(behaviour, clock=clock)
         self._seed = time.time_ns() if behaviour.seed is None else behaviour.seed
@@ -631,11 +345,11 @@ class Simulator:
 
     def reset(self) -> None:
         """Begin report and limits again; calls in flight go on."""
-        self.statistics = _Statistics(now=self._clock())
+        self.statistics = Statistics(now=self._clock())
         self._limiter = Limiter(self.behaviour, clock=self._clock)
 
     def change(self, changes: dict[str, object]) -> None:
-        """Change some fields of the behaviour; limits begin again where one of theirs changed.
+        """Change some fields of the behaviour; the limits keep what they counted (`Limiter.change`).
 
         Raises UsageError for an unknown field or a wrong value, and then nothing changed.
         """
@@ -647,9 +361,7 @@ class Simulator:
             changed = msgspec.convert(asdict(self.behaviour) | changes, Behaviour)
         except msgspec.ValidationError as error:
             raise UsageError(f"This is no behaviour: {error}.") from None
-        of_limits = ("rpm", "tpm", "algorithm", "bucket_seconds")
-        if any(getattr(changed, name) != getattr(self.behaviour, name) for name in of_limits):
-            self._limiter = Limiter(changed, clock=self._clock)
+        self._limiter.change(changed)
         self.behaviour = changed
 
     def report(self) -> dict[str, object]:
@@ -658,12 +370,17 @@ class Simulator:
         received              calls of the five endpoints, whatever became of them
         invalid, unauthorized refused with 400 or 401 before any limit
         refused               429 because a limit was reached
+        refused_by            by which; ``random`` are those of ``throttle_rate``, which were
+                              accepted and so are not among ``refused``
         accepted              past the limits; each then is in flight, answered, abandoned by the
                               client, or met one of ``faults``
+        accepted_…_tokens     what those were charged; ``input_tokens`` and ``output_tokens`` are
+                              of answers that were sent
         called_twice, answered_twice  bodies that were accepted, or answered, more than once
         peak_…_60s            the most that was accepted in any 60 s
         over_limit            by how many calls arrivals, refused ones included, at most exceeded
                               ``rpm`` in any 60 s; ``over_limit_tokens`` likewise
+        …_per_second          from ``seconds`` 0 on, all of one length
         """
         counted, behaviour = self.statistics, self.behaviour
         calls, tokens = counted.arrived_calls.peak, counted.arrived_tokens.peak
@@ -673,6 +390,7 @@ class Simulator:
             "invalid": counted.invalid,
             "unauthorized": counted.unauthorized,
             "refused": counted.refused,
+            "refused_by": {kind: counted.refused_by[kind] for kind in REFUSED_BY},
             "accepted": counted.accepted,
             "answered": counted.answered,
             "abandoned": counted.abandoned,
@@ -680,6 +398,8 @@ class Simulator:
             "called_twice": counted.bodies.called_twice,
             "answered_twice": counted.bodies.answered_twice,
             "bodies_untracked": counted.bodies.untracked,
+            "accepted_input_tokens": counted.accepted_input_tokens,
+            "accepted_output_tokens": counted.accepted_output_tokens,
             "input_tokens": counted.input_tokens,
             "output_tokens": counted.output_tokens,
             "peak_calls_60s": counted.accepted_calls.peak,
@@ -689,7 +409,9 @@ class Simulator:
             "in_flight": self.in_flight,
             "peak_in_flight": counted.peak_in_flight,
             "seconds": round(self._clock() - counted.started, 3),
-            "accepted_per_second": list(counted.accepted_per_second),
+            "accepted_per_second": list(counted.per_second.accepted),
+            "accepted_tokens_per_second": list(counted.per_second.accepted_tokens),
+            "refused_per_second": list(counted.per_second.refused),
         }
 
     def handle(self, connection: "_Connection", method: str, path: str, body: bytes) -> None:
@@ -736,21 +458,28 @@ class Simulator:
             counted.invalid += 1
             connection.send_error(400, wrong, kind="invalid_request_error")
             return
-        work, charged = self._work(route, asked, body)
+        work, output_tokens = self._work(route, asked, body)
+        input_tokens = work.input_tokens
         counted.arrived_calls.add(1, now)
-        counted.arrived_tokens.add(charged, now)
-        refusal = self._limiter.admit(tokens=charged)
+        counted.arrived_tokens.add(input_tokens + output_tokens, now)
+        if behaviour.max_in_flight is not None and self.in_flight >= behaviour.max_in_flight:
+            counted.refuse("in_flight", now=now)
+            text = f"Too many concurrent requests: Limit {behaviour.max_in_flight}. [simulated]"
+            # Without Retry-After: nobody knows when one of the others ends.
+            connection.send_error(429, text, kind="requests", code="concurrency_limit_exceeded")
+            return
+        refusal = self._limiter.admit(input_tokens=input_tokens, output_tokens=output_tokens)
         if refusal is not None:
-            counted.refused += 1
+            counted.refuse(refusal.kind, now=now)
             self._refuse(connection, refusal)
             return
-        counted.accept(work.digest, tokens=charged, now=now)
+        counted.accept(work.digest, input_tokens=input_tokens, output_tokens=output_tokens, now=now)
         self.in_flight += 1
         counted.peak_in_flight = max(counted.peak_in_flight, self.in_flight)
         connection.begin(work, self._fault(work.chance[0]))
 
     def _work(self, route: str, asked: _Asked, body: bytes) -> tuple[_Work, int]:
-        """Draw how the call will go; return it with the tokens to charge."""
+        """Draw how the call will go; return it with the output tokens to charge."""
         behaviour = self.behaviour
         digest = hashlib.sha256(body).digest()[:16]
         chance = _chance(self._seed, digest, self.statistics.bodies.calls(digest))
@@ -773,23 +502,23 @@ class Simulator:
             is_cut_short=wanted > most,
         )
         reserved = most if most != _MOST_OUTPUT_TOKENS else output_tokens
-        return work, input_tokens + (reserved if behaviour.charge == "max" else output_tokens)
+        return work, reserved if behaviour.charge == "max" else output_tokens
 
     def _fault(self, chance: float) -> Fault | None:
         for fault, rate in self.behaviour.faults():
             if chance < rate:
                 self.statistics.faults[fault] += 1
+                self.statistics.refused_by["random"] += fault == "throttle"
                 return fault
             chance -= rate
         return None
 
     def _refuse(self, connection: "_Connection", refusal: Refusal) -> None:
-        what = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}[
-            refusal.kind
-        ]
+        what = refusal.kind.replace("_", " ")
+        per = "min" if refusal.period == "minute" else "day"
         text = (
-            f"Rate limit reached on {what}: Limit {refusal.limit}. "
-            f"Please try again in {_duration(refusal.wait_s)}. [simulated]"
+            f"Rate limit reached on {what} per {per}: Limit {refusal.limit}. "
+            f"Please try again in {duration(refusal.wait_s)}. [simulated]"
         )
         connection.send_error(
             429, text, kind=refusal.kind, code="rate_limit_exceeded", retry_s=refusal.wait_s

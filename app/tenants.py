@@ -91,6 +91,7 @@ class ProviderConnection:
     allowed_models: list[str] | None
     capacity: list[dict[str, Any]]
     timeout_ms: int
+    concurrency: int | None
     created_at: datetime
     updated_at: datetime
 
@@ -99,7 +100,7 @@ class ProviderConnection:
 class Resource:
     """A named model on a connection.
 
-    ``most_tokens``: the smallest token limit above it; a prompt beyond it can never be sent.
+    ``most_tokens``: the smallest limit of input tokens above it; a longer prompt can never be sent.
     """
 
     workspace_id: UUID
@@ -113,6 +114,7 @@ class Resource:
     capacity: list[dict[str, Any]]
     enforce_capacity: bool
     timeout_ms: int | None
+    concurrency: int | None
     created_at: datetime
     updated_at: datetime
     provider: str
@@ -146,6 +148,16 @@ class _Locked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _ConnectionLocked:
+    locked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelScope:
+    model_scope_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     found: bool
 
@@ -168,6 +180,8 @@ _connection_named = Query("tenants", "connection_named", ProviderConnection)
 _connection_set_secret = Query("tenants", "connection_set_secret", NoRow)
 _resource_insert = Query("tenants", "resource_insert", NoRow)
 _resource_state_insert = Query("tenants", "resource_state_insert", NoRow)
+_connection_lock = Query("tenants", "connection_lock", _ConnectionLocked)
+_model_scope = Query("tenants", "model_scope", _ModelScope)
 _resource_get = Query("tenants", "resource_get", Resource)
 _resource_named = Query("tenants", "resource_named", Resource)
 _resource_route = Query("tenants", "resource_route", Route)
@@ -316,6 +330,7 @@ async def create_connection(
     allowed_models: Sequence[str] | None = None,
     capacity_entries: Sequence[Mapping[str, object]] = (),
     amounts: Sequence[Amount] = (),
+    concurrency: int | None = None,
 ) -> UUID:
     """A new account at a provider; its id. The secret is sealed with the connection's id."""
     connection_id = uuid7()
@@ -335,6 +350,7 @@ async def create_connection(
         allowed_models=list(allowed_models) if allowed_models is not None else None,
         capacity=Jsonb(list(capacity_entries)),
         timeout_ms=timeout_ms,
+        concurrency=concurrency,
     )
     await capacity.open_scope(
         conn, workspace_id=workspace_id, scope_id=connection_id, kind="connection", amounts=amounts
@@ -406,9 +422,23 @@ async def create_resource(
     amounts: Sequence[Amount] = (),
     enforce_capacity: bool = True,
     timeout_ms: int | None = None,
+    concurrency: int | None = None,
 ) -> UUID:
-    """A new model on a connection; its id."""
+    """A new model on a connection; its id.
+
+    What is learned about the provider belongs to the model on the connection, so resources of the
+    same model share it.
+    """
     resource_id = uuid7()
+    await _connection_lock.one(conn, workspace_id=workspace_id, connection_id=connection_id)
+    known = await _model_scope.one_or_none(
+        conn, workspace_id=workspace_id, connection_id=connection_id, model=model
+    )
+    model_scope_id = known.model_scope_id if known else uuid7()
+    if known is None:
+        await capacity.open_scope(
+            conn, workspace_id=workspace_id, scope_id=model_scope_id, kind="model"
+        )
     await _resource_insert.run(
         conn,
         workspace_id=workspace_id,
@@ -422,6 +452,8 @@ async def create_resource(
         capacity=Jsonb(list(capacity_entries)),
         enforce_capacity=enforce_capacity,
         timeout_ms=timeout_ms,
+        concurrency=concurrency,
+        model_scope_id=model_scope_id,
     )
     await _resource_state_insert.run(conn, workspace_id=workspace_id, resource_id=resource_id)
     await capacity.open_scope(

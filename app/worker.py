@@ -37,7 +37,8 @@ from app.ids import uuid7
 from app.log import Log
 from app.provider import Answered, Call, Endpoint, Provider, Rejected, Throttled, Unreachable
 from app.provider import Outcome as CallOutcome
-from app.queue import Item, Outcome, Settlement
+from app.queue import Item, Observation, Outcome, Settlement
+from app.rate_limits import RateLimit
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
@@ -70,6 +71,7 @@ class _Finished:
     workspace_id: UUID
     settlement: Settlement
     body: str | None
+    rate_limits: tuple[RateLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,6 @@ class Worker:
         self._wake = asyncio.Event()
         self._slot_freed = asyncio.Event()
         self._targets: dict[UUID, _Target] = {}
-        self._throttles: dict[UUID, tuple[float, int]] = {}
         self._suspecting = False
         self._claim_in_doubt = False
         self._held: set[_Key] = set()
@@ -250,9 +251,10 @@ class Worker:
                     guard_s=self._settings.guard_s,
                     grace_s=self._settings.lease_grace_s,
                     burst_s=self._settings.burst_s,
+                    slow_start=self._settings.slow_start,
                 )
         except psycopg.Error as error:
-            if error.sqlstate in {"SLCLO", "40P01", "40001"}:
+            if error.sqlstate in queue.CROSSED:
                 # A cancel or pause crossed the claim; nothing was taken. Ask again.
                 self._claim_in_doubt = False
                 return queue.Claim(items=[], wait_s=0.0, busy=True, isolated=False, config_at=None)
@@ -363,7 +365,7 @@ class Worker:
             return
         settlement, body = self._recorded(item, route, outcome)
         settlement.started_at = started_at
-        self._finish(item, settlement, body)
+        self._finish(item, settlement, body, outcome.rate_limits)
 
     def _recorded(
         self, item: Item, route: Route, outcome: CallOutcome
@@ -389,12 +391,15 @@ class Worker:
                 settlement = self._settlement(item, Outcome.throttled, route.connection_id)
                 settlement.error_code = outcome.code
                 settlement.error_message = outcome.message
-                settlement.wait_s = self._throttle_s(route.resource_id, outcome.retry_after_s)
+                if outcome.retry_after_s is not None:
+                    # A little jitter keeps workers and programs from coming back in one moment.
+                    jitter = random.uniform(1.0, 1.1)  # noqa: S311 - jitter
+                    settlement.wait_s = max(outcome.retry_after_s, 0.05) * jitter
                 log.warning(
                     "resource.throttled",
                     resource=route.resource_id,
                     code=outcome.code,
-                    wait_s=round(settlement.wait_s, 1),
+                    asked_s=outcome.retry_after_s,
                 )
             case Unreachable():
                 settlement = self._settlement(item, Outcome.unreachable, route.connection_id)
@@ -425,6 +430,7 @@ class Worker:
             limit_ids=item.limit_ids,
             reserved_input_tokens=item.input_tokens,
             reserved_output_tokens=item.output_tokens,
+            expected_output_tokens=item.expected_output_tokens,
             refund=False,
             ended_at=datetime.now(UTC),  # noqa: TID251 - a fact about this host, not a deadline
         )
@@ -449,28 +455,16 @@ class Worker:
         most = min(self._settings.backoff_cap_s, self._settings.backoff_base_s * 2**failures)
         return random.uniform(0, most)  # noqa: S311 - jitter
 
-    def _throttle_s(self, resource_id: UUID, asked_s: float | None) -> float:
-        """How long a throttled resource rests: what the provider asked, else growing backoff.
-
-        Refusals that come within a rest already begun are part of it, not a reason to double it.
-        A little jitter keeps the items from coming back in one moment.
-        """
-        jitter = random.uniform(1.0, 1.1)  # noqa: S311 - jitter
-        if asked_s is not None:
-            return max(asked_s, 0.05) * jitter
-        now = time.monotonic()
-        until, count = self._throttles.get(resource_id, (0.0, 0))
-        if now >= until:
-            count = 0 if now - until > self._settings.backoff_cap_s else count + 1
-            rest = min(self._settings.backoff_cap_s, self._settings.backoff_base_s * 2**count)
-            until = now + rest
-            self._throttles[resource_id] = (until, count)
-        return max(until - now, 0.05) * jitter
-
     # Writing ---------------------------------------------------------------------------------------
 
-    def _finish(self, item: Item, settlement: Settlement, body: str | None) -> None:
-        self._finished.append(_Finished(item.workspace_id, settlement, body))
+    def _finish(
+        self,
+        item: Item,
+        settlement: Settlement,
+        body: str | None,
+        rate_limits: tuple[RateLimit, ...] = (),
+    ) -> None:
+        self._finished.append(_Finished(item.workspace_id, settlement, body, rate_limits))
         self._has_finished.set()
 
     async def _flush_loop(self) -> None:
@@ -514,6 +508,9 @@ class Worker:
                     worker_id=self.worker_id,
                     settlements=[finished.settlement for finished in part],
                     bodies=[finished.body for finished in part],
+                    observed=_observed(part),
+                    rest_s=self._settings.backoff_base_s,
+                    rest_most_s=self._settings.backoff_cap_s,
                 )
         except CONNECTION_ERRORS:
             raise
@@ -534,12 +531,8 @@ class Worker:
                 self._finished.append(finished)
         self._slot_freed.set()
         self._ringer.ring(EVENTS, {row.batch_id for row in settled if row.becomes is not None})
-        returned = {row.resource_id for row in settled if row.becomes == "pending"}
-        refunded = {
-            f.settlement.resource_id for f in part if f.settlement.limit_ids and _gives_back(f)
-        }
-        if returned or refunded:
-            self._ringer.ring(WORK, returned | refunded)
+        if any(row.wakes for row in settled):
+            self._ringer.ring(WORK, {row.resource_id for row in settled})
             self._wake.set()
 
     def _give_up(self, finished: _Finished, error: psycopg.Error) -> None:
@@ -628,13 +621,25 @@ def _by_workspace(some: Iterable[_Finished]) -> dict[UUID, list[_Finished]]:
     return parts
 
 
-def _gives_back(finished: _Finished) -> bool:
-    """Whether settling leaves capacity that a claim took."""
-    s = finished.settlement
-    used = (s.input_tokens or 0) + (s.output_tokens or 0)
-    return s.refund or (
-        s.input_tokens is not None and used < s.reserved_input_tokens + s.reserved_output_tokens
-    )
+def _observed(part: Iterable[_Finished]) -> list[Observation]:
+    """What replies stated of limits: the latest limit of each kind, and the most that was used."""
+    found: dict[tuple[UUID, str, str], Observation] = {}
+    for finished in part:
+        resource_id = finished.settlement.resource_id
+        for stated in finished.rate_limits:
+            key = (resource_id, stated.kind, stated.period)
+            held = found.get(key)
+            used = stated.used
+            if used is not None and held and held.limit == stated.limit and held.used is not None:
+                used = max(held.used, used)
+            found[key] = Observation(
+                resource_id=resource_id,
+                kind=stated.kind,
+                period=stated.period,
+                limit=stated.limit,
+                used=used,
+            )
+    return list(found.values())
 
 
 def _machine() -> str:

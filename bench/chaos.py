@@ -18,23 +18,18 @@ import argparse
 import asyncio
 import csv
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
-from urllib.request import urlopen
+from typing import Any
 
-from app import batches, doctor, embedded, migrate, settings, tenants
-from app.batches import Ingest, NewBatch, NewItem
+from app.batches import NewBatch
 from app.capacity import Amount
-from app.db import CONNECTION_ERRORS, Database
+from app.db import CONNECTION_ERRORS
 from app.inputs import json_body
-from app.secrets import Keyring, load_or_create_key_file
+from bench._rig import Rig
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -72,47 +67,38 @@ def main() -> None:
 
 
 class Chaos:
-    """One run; ``processes`` are those it started and stops by their ids."""
+    """One run of a batch while things are killed."""
 
     def __init__(self, options: argparse.Namespace, home: Path) -> None:
         self.options = options
         self.home = home
         self.random = random.Random(options.seed)  # noqa: S311 - reproducible mischief
-        self.environment = {
-            **os.environ,  # noqa: TID251 - for the programs it starts
-            "SLUICE_HOME": str(home),
-            "SLUICE_CONCURRENCY": str(options.concurrency),
-            "SLUICE_LOG_LEVEL": "warning",
-            "SLUICE_DEAD_AFTER_S": str(options.dead_after),
-            "SLUICE_HEARTBEAT_S": str(options.dead_after / 4),
-        }
-        self.workers: list[subprocess.Popen[bytes]] = []
         self.kills = 0
 
     async def run(self) -> bool:
+        options = self.options
         texts = self.texts()
-        server = embedded.acquire(self.home)
-        migrate.migrate(server.url)
-        simulator, provider = self.start_simulator()
-        try:
-            async with Database(server.url, size=3, revive=server.ensure_running) as db:
-                scope, batch = await self.submit(db, texts, provider)
-                self.workers = [self.start_worker() for _ in range(self.options.workers)]
-                took_s = await self.watch(db, scope, batch, server)
-                report = await asyncio.to_thread(self.report, provider)
-                for worker in self.workers:
-                    worker.terminate()
-                for worker in self.workers:
-                    worker.wait(60)
-                return not await self.is_good(db, server, report, len(texts), took_s)
-        finally:
-            for process in (*self.workers, simulator):
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-            if simulator.stdout is not None:
-                simulator.stdout.close()
-            server.release()
+        opening = Rig.open(
+            self.home,
+            simulate={"rpm": options.rpm, "latency_ms": options.latency_ms},
+            variables={
+                "SLUICE_CONCURRENCY": str(options.concurrency),
+                "SLUICE_DEAD_AFTER_S": str(options.dead_after),
+                "SLUICE_HEARTBEAT_S": str(options.dead_after / 4),
+            },
+        )
+        async with opening as rig:
+            amounts = [Amount(period="minute", requests=options.rpm, tokens=None)]
+            resource_id = await rig.create_resource("simulated", amounts)
+            bodies = [
+                json_body({"messages": [{"role": "user", "content": text}]}) for text in texts
+            ]
+            batch = await rig.submit(resource_id, bodies)
+            rig.workers = [rig.start_worker() for _ in range(options.workers)]
+            took_s = await self.watch(rig, batch)
+            report = await rig.report()
+            await rig.stop_workers()
+            return not await self.is_good(rig, report, len(texts), took_s)
 
     def texts(self) -> list[str]:
         if self.options.file is None:
@@ -120,78 +106,7 @@ class Chaos:
         with self.options.file.open(newline="", encoding="utf-8") as file:
             return [row["text"] for row in csv.DictReader(file)]
 
-    def start_simulator(self) -> tuple[subprocess.Popen[bytes], str]:
-        options = self.options
-        command = [sys.executable, "-m", "app.cli", "simulate", "--port", "0", "--seed", "1"]
-        command += ["--rpm", str(options.rpm), "--latency-ms", str(options.latency_ms)]
-        process = subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert process.stdout is not None
-        for line in iter(process.stdout.readline, b""):
-            for word in line.decode().split():
-                if word.startswith("http://"):
-                    return process, word.rstrip(".,/").removesuffix("/v1")
-        raise RuntimeError("the simulator did not start")
-
-    def start_worker(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "app.cli", "worker"], env=self.environment)
-
-    async def submit(
-        self, db: Database, texts: list[str], provider: str
-    ) -> tuple[tenants.Environment, NewBatch]:
-        keyring = Keyring(load_or_create_key_file(self.home / "secret-key"))
-        async with db.transaction() as conn:
-            scope = await tenants.create_workspace(conn, name="chaos", environment="chaos")
-            ids: dict[str, Any] = {
-                "workspace_id": scope.workspace_id,
-                "environment_id": scope.environment_id,
-            }
-            connection_id = await tenants.create_connection(
-                conn,
-                keyring=keyring,
-                name="simulator",
-                provider="openai-compatible",
-                base_url=f"{provider}/v1",
-                secret=None,
-                timeout_ms=30_000,
-                **ids,
-            )
-            resource_id = await tenants.create_resource(
-                conn,
-                connection_id=connection_id,
-                name="simulated",
-                model="simulated",
-                amounts=[Amount(period="minute", requests=self.options.rpm, tokens=None)],
-                **ids,
-            )
-            resource = await tenants.resource(conn, resource_id=resource_id, **ids)
-        assert resource is not None
-        batch = NewBatch(type="async", **ids)
-        async with db.connection() as conn:
-            await batches.prepare_day(conn, batch)
-        async with db.transaction() as conn:
-            ingest = Ingest(conn, batch, {resource_id: resource})
-            for start in range(0, len(texts), 2000):
-                await ingest.add(
-                    [
-                        NewItem(
-                            resource_id=resource_id,
-                            body=json_body({"messages": [{"role": "user", "content": text}]}),
-                        )
-                        for text in texts[start : start + 2000]
-                    ]
-                )
-            await ingest.finish()
-        return scope, batch
-
-    async def watch(
-        self,
-        db: Database,
-        scope: tenants.Environment,
-        batch: NewBatch,
-        server: embedded.Embedded,
-    ) -> float:
+    async def watch(self, rig: Rig, batch: NewBatch) -> float:
         """Kill and restart until the batch has ended; how long it took."""
         begun = time.monotonic()
         next_kill = begun + self.options.kill_every
@@ -202,26 +117,18 @@ class Chaos:
             now = time.monotonic()
             if self.kills < self.options.kills and now >= next_kill:
                 next_kill = now + self.options.kill_every * self.random.uniform(0.7, 1.3)
-                victim = self.random.randrange(len(self.workers))
-                self.workers[victim].kill()
-                self.workers[victim].wait()
-                self.workers[victim] = self.start_worker()
+                victim = self.random.randrange(len(rig.workers))
+                rig.workers[victim].kill()
+                rig.workers[victim].wait()
+                rig.workers[victim] = rig.start_worker()
                 self.kills += 1
             if self.options.kills and postgres_due and now - begun > postgres_due:
                 postgres_due = 0
-                pid = int((server.data_dir / "postmaster.pid").read_text().split()[0])
-                os.kill(pid, signal.SIGKILL)
+                rig.kill_postgres()
             try:
-                async with db.connection() as conn:
-                    found = await batches.get(
-                        conn,
-                        workspace_id=scope.workspace_id,
-                        environment_id=scope.environment_id,
-                        batch_id=batch.batch_id,
-                    )
+                found = await rig.batch(batch)
             except CONNECTION_ERRORS:
                 continue
-            assert found is not None
             if int(now - begun) % 15 == 0 and (now - begun) % 1 < 0.3:
                 print(
                     f"{now - begun:6.1f} s  done {found.ended}/{found.total_items}  "
@@ -232,20 +139,9 @@ class Chaos:
                 return now - begun
         raise RuntimeError("the batch did not end within 20 minutes")
 
-    def report(self, provider: str) -> dict[str, Any]:
-        with urlopen(f"{provider}/report", timeout=10) as reply:  # noqa: S310 - our simulator's
-            return cast("dict[str, Any]", json.loads(reply.read()))
-
-    async def is_good(
-        self,
-        db: Database,
-        server: embedded.Embedded,
-        report: dict[str, Any],
-        items: int,
-        took_s: float,
-    ) -> bool:
+    async def is_good(self, rig: Rig, report: dict[str, Any], items: int, took_s: float) -> bool:
         """Print the figures; whether all that is promised held."""
-        async with db.connection() as conn:
+        async with rig.db.connection() as conn:
             row = await (
                 await conn.execute(
                     """
@@ -259,10 +155,7 @@ class Chaos:
             ).fetchone()
         assert row is not None
         completed, results, answered, lost, deadlocks = (int(n or 0) for n in row)
-        findings = await doctor.examine(
-            settings.load({"home": self.home}), url=server.url, keyring=None
-        )
-        log = server.log_file.read_text(errors="replace")
+        log = rig.server.log_file.read_text(errors="replace")
         seconds: list[int] = report["accepted_per_second"]
         first = next((n for n, calls in enumerate(seconds) if calls), 0)
         share = sum(seconds[first + 60 : first + 180]) / (2 * self.options.rpm)
@@ -282,7 +175,7 @@ class Chaos:
             "bodies_answered_twice": report["answered_twice"],
             "share_of_limit_s60_180": round(share, 4),
             "deadlocks": deadlocks + log.count("deadlock detected"),
-            "doctor": [finding.what for finding in findings if not finding.is_well],
+            "doctor": await rig.findings(),
         }
         for name, value in figures.items():
             print(f"{name:26} {value}")

@@ -26,11 +26,21 @@ comment on type batch_type is 'How the creator follows a batch: by stream, by po
 
 create type limit_period as enum ('minute', 'hour', 'day', 'week', 'month', 'lifetime');
 comment on type limit_period is
-    'What a limit counts over. minute and hour slide; day, week and month are those of the UTC '
-    'calendar; lifetime never resets.';
+    'What a limit counts over. Unless the limit says otherwise minute and hour slide, and day, week and '
+    'month are those of the UTC calendar; lifetime never resets.';
 
-create type scope_kind as enum ('connection', 'resource', 'api_key', 'batch');
-comment on type scope_kind is 'What a limit may be set on.';
+create type scope_kind as enum ('connection', 'model', 'resource', 'api_key', 'batch', 'value');
+comment on type scope_kind is
+    'What a limit may be set on. model: a model on a connection, which several resources may name; value: '
+    'one value of a limit''s dimension, such as one client''s address.';
+
+create type limit_source as enum ('given', 'observed');
+comment on type limit_source is 'Who set a limit: people, or what a provider says and does.';
+
+create type wait_reason as enum ('capacity', 'pace', 'concurrency', 'cooldown', 'retry');
+comment on type wait_reason is
+    'What a resource''s next item waits for: room in a limit, an even pace below it, a call to end, the end '
+    'of a rest that the provider asked for, or its own next try.';
 
 create type event_kind as enum (
     'batch-created', 'batch-running', 'batch-completed', 'batch-failed', 'batch-cancelled',
@@ -38,19 +48,49 @@ create type event_kind as enum (
 );
 comment on type event_kind is 'What happened; the same word is the action of an SSE frame.';
 
+create type claim_flow as (
+    batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
+    floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
+);
+comment on type claim_flow is 'Scratch of claim(): a flow that is eligible. Never stored.';
+
+create type claim_candidate as (
+    flow int, seq int, attempt int, input_tokens int, max_output_tokens int, suspect boolean, is_lower boolean,
+    tag double precision
+);
+comment on type claim_candidate is 'Scratch of claim(): an item in line. Never stored.';
+
+create type claim_pick as (
+    flow int, seq int, attempt int, input_tokens int, output_tokens int, expected_output_tokens int,
+    impossible boolean
+);
+comment on type claim_pick is 'Scratch of claim(): an item admitted. Never stored.';
+
 create type taken_item as (
     workspace_id uuid, batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
-    resource_id uuid, input_tokens int, output_tokens int, impossible boolean
+    flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean
 );
 comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
+
+create type budget as (
+    limit_id uuid, scope_id uuid, most_requests bigint, most_tokens bigint, most_input_tokens bigint,
+    most_output_tokens bigint, requests double precision, tokens double precision,
+    input_tokens double precision, output_tokens double precision, paced_requests double precision,
+    paced_tokens double precision, paced_input_tokens double precision,
+    paced_output_tokens double precision, rate_requests double precision, rate_tokens double precision,
+    rate_input_tokens double precision, rate_output_tokens double precision
+);
+comment on type budget is
+    'Scratch of claim(): a limit, what of it is left, and what of that the even pace allows at once, with '
+    'what comes back per second. Null: no bound. Never stored.';
 
 create type given_outcome as (
     ord int, batch_day date, batch_id uuid, resource_id uuid, connection_id uuid, seq int, attempt int,
     outcome attempt_outcome, refund boolean, wait_s double precision, claimed_at timestamptz,
     started_at timestamptz, ended_at timestamptz, latency_ms int, status_code smallint,
     error_code text, error_message text, model text, request_id text, limit_ids uuid[],
-    reserved_input_tokens int, reserved_output_tokens int, input_tokens int, output_tokens int,
-    cached_tokens int, reasoning_tokens int, headers jsonb
+    reserved_input_tokens int, reserved_output_tokens int, expected_output_tokens int, input_tokens int,
+    output_tokens int, cached_tokens int, reasoning_tokens int, headers jsonb
 );
 comment on type given_outcome is 'Scratch of settle(): one outcome as the worker sends it.';
 
@@ -150,6 +190,7 @@ create table connections (
     allowed_models text[],
     capacity jsonb not null default '[]',
     timeout_ms int not null default 300000,
+    concurrency int,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
     constraint connections_pkey primary key (workspace_id, connection_id),
@@ -157,6 +198,7 @@ create table connections (
         references environments,
     constraint connections_name_unique unique (workspace_id, environment_id, name),
     constraint connections_timeout_positive check (timeout_ms > 0),
+    constraint connections_concurrency_positive check (concurrency > 0),
     constraint connections_secret_names_its_key check ((secret is null) = (secret_key_id is null))
 );
 comment on table connections is 'An account at a provider: where it is, how to enter, its capacity.';
@@ -173,6 +215,7 @@ comment on column connections.headers is 'Headers that every call carries.';
 comment on column connections.allowed_models is 'Models that resources may name; null is any.';
 comment on column connections.capacity is 'Limits as the wire gave them; limits has the enabled ones.';
 comment on column connections.timeout_ms is 'Longest time that one call may take, in milliseconds.';
+comment on column connections.concurrency is 'Most calls at once, over all its resources; null is any number.';
 comment on column connections.created_at is 'When the row was made.';
 comment on column connections.updated_at is 'When a person last changed it.';
 
@@ -188,6 +231,8 @@ create table resources (
     capacity jsonb not null default '[]',
     enforce_capacity boolean not null default true,
     timeout_ms int,
+    concurrency int,
+    model_scope_id uuid not null,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
     constraint resources_pkey primary key (workspace_id, resource_id),
@@ -196,8 +241,10 @@ create table resources (
     constraint resources_connection_fkey foreign key (workspace_id, connection_id)
         references connections,
     constraint resources_name_unique unique (workspace_id, environment_id, name),
-    constraint resources_timeout_positive check (timeout_ms > 0)
+    constraint resources_timeout_positive check (timeout_ms > 0),
+    constraint resources_concurrency_positive check (concurrency > 0)
 );
+create index resources_by_connection on resources (workspace_id, connection_id);
 comment on table resources is 'A named model on a connection. Items name a resource.';
 comment on column resources.workspace_id is 'The tenant.';
 comment on column resources.resource_id is 'UUIDv7, minted by the application.';
@@ -210,22 +257,32 @@ comment on column resources.default_args is 'Request fields used where a request
 comment on column resources.capacity is 'Limits as the wire gave them; limits has those in force.';
 comment on column resources.enforce_capacity is 'Whether the resource''s own capacity counts.';
 comment on column resources.timeout_ms is 'Longest time of one call, in milliseconds; null: the connection''s.';
+comment on column resources.concurrency is 'Most calls at once; null is any number.';
+comment on column resources.model_scope_id is
+    'The scope of its model on its connection: resources that name the same model share what is learned.';
 comment on column resources.created_at is 'When the row was made.';
 comment on column resources.updated_at is 'When a person last changed it.';
 
 create table resource_states (
     workspace_id uuid not null,
     resource_id uuid not null,
-    blocked_until timestamptz not null default '-infinity',
-    blocked_reason text,
+    recent_outputs int[] not null default '{}',
+    output_high int,
+    output_mean double precision,
+    lower_credit double precision not null default 0,
     constraint resource_states_pkey primary key (workspace_id, resource_id)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 comment on table resource_states is
     'What is learned about a resource while it runs; apart from resources, which people change.';
 comment on column resource_states.workspace_id is 'The tenant.';
 comment on column resource_states.resource_id is 'The resource.';
-comment on column resource_states.blocked_until is 'The provider asked to wait until then.';
-comment on column resource_states.blocked_reason is 'The provider''s error code of that wait.';
+comment on column resource_states.recent_outputs is
+    'Output tokens of a sample of the latest answers, newest first: where the next two come from.';
+comment on column resource_states.output_high is
+    'Nine of ten recent answers were no longer, in tokens: what a claim reserves. Null: too few were seen.';
+comment on column resource_states.output_mean is 'The mean of the same answers: what the pace counts with.';
+comment on column resource_states.lower_credit is
+    'Tokens that flows of lower priorities may take before the others, their twentieth of what those took.';
 
 -- Capacity ---------------------------------------------------------------------------------------
 
@@ -236,11 +293,54 @@ create table limit_scopes (
     constraint limit_scopes_pkey primary key (workspace_id, scope_id)
 );
 comment on table limit_scopes is
-    'The mutex of a connection, resource, key or batch. Locked by claims, never updated: a lock on '
-    'a row that nobody updates makes no row versions.';
+    'The mutex of a connection, model, resource, key, batch or value of a dimension. Locked by claims, never '
+    'updated: a lock on a row that nobody updates makes no row versions.';
 comment on column limit_scopes.workspace_id is 'The tenant.';
-comment on column limit_scopes.scope_id is 'Id of the connection, resource, key or batch.';
+comment on column limit_scopes.scope_id is 'Id of the connection, resource, key or batch; of others one of its own.';
 comment on column limit_scopes.kind is 'What the id names.';
+
+create table scope_states (
+    workspace_id uuid not null,
+    scope_id uuid not null,
+    blocked_until timestamptz not null default '-infinity',
+    blocked_reason text,
+    begun_at timestamptz,
+    throttled_at timestamptz not null default '-infinity',
+    refusals int not null default 0,
+    probed_at timestamptz not null default '-infinity',
+    ceiling double precision,
+    raise_at timestamptz,
+    raise_share double precision not null default 0.06,
+    burst_share double precision not null default 1,
+    is_fresh boolean not null default true,
+    answered bigint not null default 0,
+    concurrency double precision,
+    slowed_at timestamptz not null default '-infinity',
+    constraint scope_states_pkey primary key (workspace_id, scope_id),
+    constraint scope_states_ceiling_positive check (ceiling > 0),
+    constraint scope_states_concurrency_positive check (concurrency > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+comment on table scope_states is
+    'What replies have taught about a connection, or a model on it, shared by all workers: rests that the '
+    'provider asked for, the rate it bears, the calls at once it bears. See sql/functions/observe.sql.';
+comment on column scope_states.workspace_id is 'The tenant.';
+comment on column scope_states.scope_id is 'The scope of the connection or the model.';
+comment on column scope_states.blocked_until is 'Nothing is claimed before: the provider asked to wait.';
+comment on column scope_states.blocked_reason is 'The provider''s error code of that wait.';
+comment on column scope_states.begun_at is 'When the first call was claimed.';
+comment on column scope_states.throttled_at is
+    'When the rate was last lowered: refusals of calls claimed before belong to the same cohort.';
+comment on column scope_states.refusals is 'Cohorts of refused calls since the last answer.';
+comment on column scope_states.probed_at is 'When a single call was let out after a refusal.';
+comment on column scope_states.ceiling is
+    'Requests per minute that the provider bears, as far as refusals have shown; null: none has.';
+comment on column scope_states.raise_at is 'When the ceiling may next be raised.';
+comment on column scope_states.raise_share is 'By which share of itself it is raised then.';
+comment on column scope_states.burst_share is 'Share of SLUICE_BURST_S in use; halved when calls below a limit are refused.';
+comment on column scope_states.is_fresh is 'Still in its slow start: it has borne all so far.';
+comment on column scope_states.answered is 'Calls answered during the slow start.';
+comment on column scope_states.concurrency is 'Calls at once that the provider bears, once it was overloaded; null: any number.';
+comment on column scope_states.slowed_at is 'When concurrency was last lowered.';
 
 create table limits (
     workspace_id uuid not null,
@@ -251,15 +351,34 @@ create table limits (
     tokens bigint,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
+    input_tokens bigint,
+    output_tokens bigint,
+    sliding boolean not null,
+    source limit_source not null default 'given',
+    observed_at timestamptz,
+    dimension text,
+    parent_id uuid,
     constraint limits_pkey primary key (workspace_id, limit_id),
     constraint limits_scope_fkey foreign key (workspace_id, scope_id) references limit_scopes
         on delete cascade,
-    constraint limits_limit_something check (requests is not null or tokens is not null),
+    constraint limits_parent_fkey foreign key (workspace_id, parent_id) references limits
+        on delete cascade,
+    constraint limits_limit_something check (
+        source = 'observed' or coalesce(requests, tokens, input_tokens, output_tokens) is not null
+    ),
     constraint limits_requests_positive check (requests > 0),
-    constraint limits_tokens_positive check (tokens > 0)
+    constraint limits_tokens_positive check (tokens > 0),
+    constraint limits_input_tokens_positive check (input_tokens > 0),
+    constraint limits_output_tokens_positive check (output_tokens > 0),
+    constraint limits_lifetime_never_slides check (not (sliding and period = 'lifetime'))
 );
 create index limits_by_scope on limits (workspace_id, scope_id);
-comment on table limits is 'So many requests and tokens per period, on a scope. All must pass.';
+create unique index limits_observed_unique on limits (workspace_id, scope_id, period)
+    where source = 'observed';
+create index limits_by_parent on limits (workspace_id, parent_id) where parent_id is not null;
+comment on table limits is
+    'So many requests and tokens per period, on a scope. All must pass. A model has one observed limit per '
+    'minute from the start, at first without any bound: the account of all that was asked of it.';
 comment on column limits.workspace_id is 'The tenant.';
 comment on column limits.limit_id is 'UUIDv7; the ledger''s account. Kept when the amounts change.';
 comment on column limits.scope_id is 'What it is set on.';
@@ -268,6 +387,16 @@ comment on column limits.requests is 'Most requests per period; null is any numb
 comment on column limits.tokens is 'Most input and output tokens per period; null is any number.';
 comment on column limits.created_at is 'When the row was made.';
 comment on column limits.updated_at is 'When the amounts were last changed.';
+comment on column limits.input_tokens is 'Most input tokens per period; null is any number.';
+comment on column limits.output_tokens is 'Most output tokens per period; null is any number.';
+comment on column limits.sliding is
+    'Whether it counts the last period up to now, or the present one of the UTC calendar; never changed.';
+comment on column limits.source is 'Who set it.';
+comment on column limits.observed_at is 'When a reply last stated it; it binds for a week from then.';
+comment on column limits.dimension is
+    'source-ip, or metadata:FIELD: it is counted apart for every value, by the limits whose parent it is, '
+    'and not itself. Null: no.';
+comment on column limits.parent_id is 'The limit with a dimension of which this counts one value.';
 
 create table ledger (
     workspace_id uuid not null,
@@ -276,10 +405,16 @@ create table ledger (
     requests bigint not null,
     input_tokens bigint not null,
     output_tokens bigint not null,
+    expected_output_tokens bigint not null default 0,
+    refused bigint not null default 0,
+    outside_requests bigint not null default 0,
+    outside_input_tokens bigint not null default 0,
+    outside_output_tokens bigint not null default 0,
     constraint ledger_pkey primary key (workspace_id, limit_id, slot_at)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 comment on table ledger is
-    'What of each limit is used, in slots of a 120th of the period (a calendar period is one slot). '
+    'What of each limit is used, in slots: half a second of a minute, a 120th of other sliding periods, a '
+    'whole calendar period. '
     'Claims add reservations, settling replaces them by true usage in the slot of the claim. No '
     'check on totals: a paid answer may exceed its reservation and must be recorded.';
 comment on column ledger.workspace_id is 'The tenant.';
@@ -288,6 +423,13 @@ comment on column ledger.slot_at is 'When the slot began.';
 comment on column ledger.requests is 'Calls claimed in the slot, less those known to be unsent.';
 comment on column ledger.input_tokens is 'Input tokens: true where known, else reserved.';
 comment on column ledger.output_tokens is 'Output tokens: true where known, else reserved.';
+comment on column ledger.expected_output_tokens is
+    'Output tokens: true where known, else what is expected on average; the pace counts with these.';
+comment on column ledger.refused is 'Those of the calls that the provider refused for their number.';
+comment on column ledger.outside_requests is
+    'Calls that the provider counts beyond ours, by its own counters: of other programs, for example.';
+comment on column ledger.outside_input_tokens is 'Tokens that the provider counts beyond ours; of both kinds if it does not tell them apart.';
+comment on column ledger.outside_output_tokens is 'Output tokens that the provider counts beyond ours.';
 
 -- Batches ----------------------------------------------------------------------------------------
 
@@ -313,6 +455,10 @@ create table batches (
     started_at timestamptz,
     cancelled_at timestamptz,
     completed_at timestamptz,
+    weight real not null default 1,
+    expires_at timestamptz,
+    expired_at timestamptz,
+    source_ip text,
     constraint batches_pkey primary key (workspace_id, batch_id),
     constraint batches_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
@@ -350,6 +496,10 @@ comment on column batches.created_at is 'When it was accepted.';
 comment on column batches.started_at is 'When its first item was claimed.';
 comment on column batches.cancelled_at is 'When it was cancelled.';
 comment on column batches.completed_at is 'When its last item ended.';
+comment on column batches.weight is 'Its share among batches of the same priority.';
+comment on column batches.expires_at is 'No item is begun from then on; null: no deadline.';
+comment on column batches.expired_at is 'When items were first given up because of that; null: never.';
+comment on column batches.source_ip is 'Address of the client that created it, for limits per address.';
 
 create table flows (
     workspace_id uuid not null,
@@ -374,6 +524,11 @@ create table flows (
     retries int not null default 0,
     input_tokens bigint not null default 0,
     output_tokens bigint not null default 0,
+    scope_ids uuid[] not null default '{}',
+    created_at timestamptz not null default now(),
+    expires_at timestamptz,
+    waits_until timestamptz not null default '-infinity',
+    waits_for uuid,
     constraint flows_pkey primary key (workspace_id, batch_id, resource_id),
     constraint flows_counts_add_up check (pending + running + completed + failed + cancelled = total),
     constraint flows_counts_not_negative check (
@@ -385,6 +540,8 @@ create table flows (
     constraint flows_open_while_unfinished check (is_open = (pending + running + unmarked > 0))
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 create index flows_open on flows (workspace_id, resource_id) where is_open;
+create index flows_waiting on flows (workspace_id, waits_for) where is_open and waits_for is not null;
+create index flows_expiring on flows (expires_at) where is_open and expires_at is not null;
 comment on table flows is
     'The share of one batch that goes to one resource: what the scheduler ranks, and the counters '
     'of progress. Reading a batch''s progress is reading its few flows, never counting items.';
@@ -411,11 +568,20 @@ comment on column flows.retries is
     'Returns to the queue: failures, throttles, lost workers, and calls released unsent.';
 comment on column flows.input_tokens is 'Input tokens of answered items, as the provider counted.';
 comment on column flows.output_tokens is 'Output tokens of answered items, as the provider counted.';
+comment on column flows.scope_ids is
+    'The scopes of its own whose limits it must fit besides those of its resource: the batch, the api key, '
+    'values of dimensions.';
+comment on column flows.created_at is 'When it was made.';
+comment on column flows.expires_at is 'The batch''s deadline; urgency rises towards it.';
+comment on column flows.waits_until is 'Claims pass it by until then: a limit of its own is used up.';
+comment on column flows.waits_for is 'That limit; null: it waits for none.';
 
 create table ready (
     workspace_id uuid not null,
     resource_id uuid not null,
     next_at timestamptz not null,
+    reason wait_reason,
+    waits_for uuid,
     constraint ready_pkey primary key (workspace_id, resource_id)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 comment on table ready is
@@ -423,6 +589,8 @@ comment on table ready is
 comment on column ready.workspace_id is 'The tenant.';
 comment on column ready.resource_id is 'The resource.';
 comment on column ready.next_at is 'Looking earlier is in vain; infinity: nothing waits.';
+comment on column ready.reason is 'What the next item waits for; null: for a worker, or nothing waits.';
+comment on column ready.waits_for is 'The limit, or the scope, that it waits for.';
 
 -- Items: the rows of a batch, partitioned by its day ---------------------------------------------
 
@@ -448,6 +616,7 @@ create table items (
     max_attempts smallint not null default 5,
     worker_id uuid,
     reserved_limits uuid[],
+    expected_output_tokens int,
     constraint items_pkey primary key (workspace_id, batch_day, batch_id, seq),
     constraint items_attempt_not_negative check (attempt >= 0 and failures >= 0 and crashes >= 0),
     constraint items_seq_not_negative check (seq >= 0),
@@ -497,6 +666,7 @@ comment on column items.crashes_alone is 'Crashes in which it was all that its w
 comment on column items.max_attempts is 'It fails for good with this many failures.';
 comment on column items.worker_id is 'Who holds the lease.';
 comment on column items.reserved_limits is 'The limits that the claim reserved from.';
+comment on column items.expected_output_tokens is 'What the claim added to the pace of each of them.';
 
 create table item_requests (
     workspace_id uuid not null,
@@ -577,6 +747,7 @@ create table attempts (
     charged_output_tokens int not null,
     cached_tokens int,
     reasoning_tokens int,
+    expected_output_tokens int not null default 0,
     constraint attempts_pkey primary key (workspace_id, batch_day, batch_id, seq, attempt),
     constraint attempts_attempt_positive check (attempt > 0)
 ) partition by range (batch_day);
@@ -609,6 +780,7 @@ comment on column attempts.charged_input_tokens is 'Input tokens that stay: true
 comment on column attempts.charged_output_tokens is 'Output tokens that stay: true ones, else reserved.';
 comment on column attempts.cached_tokens is 'Input tokens that the provider had cached.';
 comment on column attempts.reasoning_tokens is 'Output tokens that were reasoning.';
+comment on column attempts.expected_output_tokens is 'Output tokens that its claim expected on average.';
 
 create table events (
     workspace_id uuid not null,

@@ -27,6 +27,10 @@ BODY = b'{"messages":[{"role":"user","content":"Where is my card?"}]}'
 ANSWER = '{"id":"x","choices":[{"message":{"content":"In the post."}}]}'
 
 
+#: Codes of outcomes that are more than their outcome's name.
+_ERROR_CODES = {Outcome.throttled: "rate_limited"}
+
+
 @dataclass
 class Scene:
     """One tenant and its resources; ``workers`` are ids that may claim."""
@@ -186,6 +190,7 @@ class Scene:
         alone: bool = True,
         guard_s: float = 1.0,
         burst_s: float = 60,
+        slow_start: int = 0,
     ) -> Claim:
         """Claim, in a transaction of its own unless ``conn`` is in one."""
         if conn is None:
@@ -198,6 +203,7 @@ class Scene:
                     alone=alone,
                     guard_s=guard_s,
                     burst_s=burst_s,
+                    slow_start=slow_start,
                 )
         return await queue.claim(
             conn,
@@ -209,6 +215,7 @@ class Scene:
             guard_s=guard_s,
             grace_s=60,
             burst_s=burst_s,
+            slow_start=slow_start,
         )
 
     async def settle(
@@ -254,10 +261,11 @@ class Scene:
                     limit_ids=item.limit_ids,
                     reserved_input_tokens=item.input_tokens,
                     reserved_output_tokens=item.output_tokens,
+                    expected_output_tokens=item.expected_output_tokens,
                     refund=refund or outcome in {Outcome.unsent, Outcome.impossible},
                     wait_s=wait_s,
                     status_code=200 if answered else None,
-                    error_code=None if answered else outcome.value,
+                    error_code=_ERROR_CODES.get(outcome, outcome.value) if not answered else None,
                     error_message=None if answered else "as the test wishes",
                     input_tokens=used[0] if answered and used else None,
                     output_tokens=used[1] if answered and used else None,
@@ -349,6 +357,14 @@ class Scene:
                 (self.workspace_id,),
             )
 
+    async def calm(self) -> None:
+        """Forget what refusals have taught."""
+        await self.do(
+            "update scope_states set blocked_until = '-infinity', refusals = 0, ceiling = null,"
+            " concurrency = null, burst_share = 1 where workspace_id = %s",
+            self.workspace_id,
+        )
+
     async def size(self, batch: Batch, sizes: Sequence[tuple[int, int]]) -> None:
         """Give the first items these estimates of input and output tokens."""
         await self.do(
@@ -363,11 +379,17 @@ class Scene:
     async def age(self, seconds: int) -> None:
         """Make all that was claimed so many seconds older, as if that time had passed."""
         for change in (
-            "update ledger set slot_at = slot_at - %s * interval '1 second' where workspace_id = %s",
+            # In two steps: in one, a slot may meet another that has not moved yet.
+            "update ledger set slot_at = slot_at - interval '3650 days' - %s * interval '1 second'"
+            " where workspace_id = %s",
             "update items set claimed_at = claimed_at - %s * interval '1 second' where workspace_id = %s",
             "update attempts set claimed_at = claimed_at - %s * interval '1 second' where workspace_id = %s",
         ):
             await self.do(change, seconds, self.workspace_id)
+        await self.do(
+            "update ledger set slot_at = slot_at + interval '3650 days' where workspace_id = %s",
+            self.workspace_id,
+        )
 
     async def items(self, batch: Batch) -> list[batches.Item]:
         """All items of a batch, as the API reads them."""
@@ -455,28 +477,33 @@ RECOUNT_LEDGER = """
     with tenant as (select %s::uuid as workspace_id),
     charged as (
         select workspace_id, limit_id, claimed_at, charged_requests as requests,
-            charged_input_tokens as input_tokens, charged_output_tokens as output_tokens
+            charged_input_tokens as input_tokens, charged_output_tokens as output_tokens,
+            case when outcome = 'lost' then expected_output_tokens else charged_output_tokens end
+                as expected_output_tokens,
+            (outcome = 'throttled')::int as refused
         from attempts join tenant using (workspace_id) cross join unnest(reserved_limits) as limit_id
         union all
-        select workspace_id, limit_id, claimed_at, 1, reserved_input_tokens, reserved_output_tokens
+        select workspace_id, limit_id, claimed_at, 1, reserved_input_tokens, reserved_output_tokens,
+            expected_output_tokens, 0
         from items join tenant using (workspace_id) cross join unnest(reserved_limits) as limit_id
         where status = 'running'
     ),
     recount as (
-        select c.workspace_id, c.limit_id, slot_of(l.period, c.claimed_at) as slot_at,
-            sum(c.requests) as requests, sum(c.input_tokens) as input_tokens,
-            sum(c.output_tokens) as output_tokens
+        select c.workspace_id, c.limit_id, slot_of(l.period, l.sliding, c.claimed_at) as slot_at,
+            array[sum(c.requests), sum(c.input_tokens), sum(c.output_tokens),
+                sum(c.expected_output_tokens), sum(c.refused)]::bigint[] as amounts
         from charged c join limits l using (workspace_id, limit_id)
         group by 1, 2, 3
     )
     select g.*, r.*
     from (
-        select g.* from ledger g join tenant using (workspace_id)
+        select workspace_id, limit_id, slot_at,
+            array[g.requests, g.input_tokens, g.output_tokens, g.expected_output_tokens, g.refused] as amounts
+        from ledger g join tenant using (workspace_id)
         join limits using (workspace_id, limit_id)
     ) g
     full join recount r using (workspace_id, limit_id, slot_at)
-    where (coalesce(g.requests, 0), coalesce(g.input_tokens, 0), coalesce(g.output_tokens, 0))
-        <> (coalesce(r.requests, 0), coalesce(r.input_tokens, 0), coalesce(r.output_tokens, 0))
+    where coalesce(g.amounts, '{0,0,0,0,0}') <> coalesce(r.amounts, '{0,0,0,0,0}')
 """
 
 #: Batches whose events have gaps or overlaps, and terminal items without exactly one final event.
@@ -511,14 +538,16 @@ LOST_WAKE_UPS = """
     select r.resource_id, r.next_at
     from ready r
     join resources s using (workspace_id, resource_id)
-    join resource_states b using (workspace_id, resource_id)
-    where r.workspace_id = %s and b.blocked_until < clock_timestamp()
+    join scope_states b on b.workspace_id = s.workspace_id and b.scope_id = s.model_scope_id
+    where r.workspace_id = %s and b.blocked_until < clock_timestamp() and b.ceiling is null
         and not exists (
             select from limits l
             where l.workspace_id = r.workspace_id and l.scope_id in (r.resource_id, s.connection_id)
         )
-        and r.next_at > greatest(work_due(r.workspace_id, r.resource_id, now()), clock_timestamp())
-        and work_due(r.workspace_id, r.resource_id, now()) is not null
+        and r.reason is distinct from 'concurrency'
+        and r.next_at > greatest(
+            (select due_at from work_due(r.workspace_id, r.resource_id, now())), clock_timestamp())
+        and exists (select from work_due(r.workspace_id, r.resource_id, now()))
 """
 
 

@@ -107,7 +107,7 @@ async def test_a_claim_whose_statement_began_before_anothers_commit_sees_it(scen
             two.execute(
                 "with pause as materialized (select pg_advisory_xact_lock(4711))"
                 " select seq from pause cross join lateral"
-                " claim(%s, %s, %s, 20, true, '1 s', '60 s', 60) where seq is not null",
+                " claim(%s, %s, %s, 20, true, '1 s', '60 s', 60, 0) where seq is not null",
                 (scene.workspace_id, scene.resource_id, scene.worker_id),
             )
         )
@@ -129,7 +129,7 @@ async def test_a_claim_looks_at_the_ledger_after_it_has_the_mutex(world: Databas
         late = asyncio.create_task(scene.claim(20, conn=two))
         assert await until_blocked(scene, two, late)
         await one.execute(
-            "insert into ledger select workspace_id, limit_id, slot_of(period, clock_timestamp()),"
+            "insert into ledger select workspace_id, limit_id, slot_of(period, sliding, clock_timestamp()),"
             " 6, 0, 0 from limits where workspace_id = %s",
             (scene.workspace_id,),
         )
@@ -393,6 +393,7 @@ async def test_two_settlements_wake_resources_in_one_order(scene: Scene) -> None
                         limit_ids=item.limit_ids,
                         reserved_input_tokens=item.input_tokens,
                         reserved_output_tokens=item.output_tokens,
+                        expected_output_tokens=item.expected_output_tokens,
                         refund=outcome == Outcome.answered,
                         wait_s=0,
                         error_code=outcome.value,
@@ -405,8 +406,8 @@ async def test_two_settlements_wake_resources_in_one_order(scene: Scene) -> None
 
     async with scene.session() as blocker, two_sessions(scene) as (first, second):
         await blocker.execute(
-            "select 1 from resource_states where resource_id = %s for no key update",
-            (scene.resource_ids[three],),
+            "select 1 from scope_states where workspace_id = %s for no key update",
+            (scene.workspace_id,),
         )
         stopped = asyncio.create_task(
             settle(
@@ -521,6 +522,7 @@ async def _pair(
     await scene.check_books()
     # And the story has an end.
     await scene.settle([*stage.held, *stage.lost])
+    await scene.calm()
     for resource in (0, 1):
         while items := (await scene.claim(resource=resource)).items:
             await scene.settle(items)

@@ -257,10 +257,7 @@ class History(RuleBasedStateMachine):
     async def end(self) -> None:
         """Every history can be brought to its end."""
         scene = self.scene
-        await scene.do(
-            "update resource_states set blocked_until = now() where workspace_id = %s",
-            scene.workspace_id,
-        )
+        await scene.calm()
         for scope_id in (scene.connection_id, *scene.resource_ids):
             await scene.limit(scope_id=scope_id)
         await scene.settle(self.out)

@@ -2,12 +2,10 @@
 
 import asyncio
 import dataclasses
-import email.utils
 import gzip
 import ipaddress
 import json
 import ssl
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -31,8 +29,6 @@ from app.provider import (
     Throttled,
     Unreachable,
     Usage,
-    duration_s,
-    retry_after_s,
     usage,
 )
 
@@ -497,6 +493,20 @@ async def test_an_error_over_the_bound_is_judged_by_its_status() -> None:
             "insufficient_quota",
             5.0,
         ),
+        (429, error("slow", "concurrency_limit_exceeded"), {}, "concurrency_limited", None),
+        (429, error("slow", None, "too_many_parallel_requests"), {}, "concurrency_limited", None),
+        (429, error("Too many concurrent requests"), {}, "concurrency_limited", None),
+        (429, b'{"message":"max parallel requests: 5"}', {}, "concurrency_limited", None),
+        (429, b'{"error":"Concurrency is 5"}', {"Retry_After": "2"}, "concurrency_limited", 2.0),
+        (429, error("concurrent", "insufficient_quota"), {}, "insufficient_quota", 60.0),
+        (
+            429,
+            error("Too many concurrent requests"),
+            {"x_ratelimit_remaining_tokens": "9", "x_ratelimit_reset_tokens": "50s"},
+            "concurrency_limited",
+            None,
+        ),
+        (503, error("Too many concurrent requests"), {"Retry_After": "3"}, "overloaded", 3.0),
         (529, error("busy"), {}, "overloaded", None),
         (503, error("busy"), {"Retry_After": "3"}, "overloaded", 3.0),
         (503, error("busy", None, "overloaded_error"), {}, "overloaded", None),
@@ -511,79 +521,13 @@ async def test_throttling_says_when_to_come_back(
     assert outcome.retry_after_s == wait_s
 
 
-DATE = "Sun, 06 Nov 2044 08:49:37 GMT"
-LATER = "Sun, 06 Nov 2044 08:50:07 GMT"
-
-
-@pytest.mark.parametrize(
-    ("headers", "expected"),
-    [
-        ({}, None),
-        ({"retry-after": "2"}, 2.0),
-        ({"retry-after": "0.5"}, 0.5),
-        ({"retry-after": "-5"}, 0.0),
-        ({"retry-after": "99999999"}, 86_400.0),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": "2", "retry-after-ms": "1500"}, 1.5),
-        ({"retry-after": LATER, "date": DATE}, 30.0),
-        ({"retry-after": DATE, "date": LATER}, 0.0),
-        ({"x-ratelimit-reset-requests": "1.5s", "x-ratelimit-reset-tokens": "6m0s"}, 360.0),
-        (
-            {
-                "x-ratelimit-reset-requests": "1.5s",
-                "x-ratelimit-remaining-requests": "0",
-                "x-ratelimit-reset-tokens": "6m0s",
-                "x-ratelimit-remaining-tokens": "100",
-            },
-            1.5,
-        ),
-        (
-            {
-                "x-ratelimit-reset-requests": "1.5s",
-                "x-ratelimit-remaining-requests": "0",
-                "x-ratelimit-reset-tokens": "200ms",
-                "x-ratelimit-remaining-tokens": "0",
-            },
-            1.5,
-        ),
-        ({"retry-after": "1", "x-ratelimit-reset-requests": "6m0s"}, 1.0),
-    ],
-)
-def test_retry_after_forms(headers: dict[str, str], expected: float | None) -> None:
-    assert retry_after_s(headers, throttled=True) == expected
-
-
-def test_a_retry_after_date_without_a_date_header_counts_from_now() -> None:
-    then = email.utils.formatdate(time.time() + 100, usegmt=True)
-    found = retry_after_s({"retry-after": then}, throttled=False)
-    assert found is not None
-    assert 90 < found <= 100
-
-
-def test_resets_count_only_when_throttled() -> None:
-    assert retry_after_s({"x-ratelimit-reset-requests": "6m0s"}, throttled=False) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("6m0s", 360.0),
-        ("1.5s", 1.5),
-        ("200ms", 0.2),
-        ("2m59.56s", 179.56),
-        ("1h2m3s", 3723.0),
-        ("1d", 86_400.0),
-        ("12", 12.0),
-        ("0s", 0.0),
-        ("", None),
-        (None, None),
-        ("tomorrow", None),
-        ("1x", None),
-    ],
-)
-def test_durations_of_openai(text: str | None, expected: float | None) -> None:
-    assert duration_s(text) == (expected if expected is None else pytest.approx(expected))
+@pytest.mark.parametrize("status", [200, 400, 429, 500])
+async def test_every_complete_reply_says_what_it_states_of_limits(status: int) -> None:
+    headers = {"x_ratelimit_limit_requests": "500", "x_ratelimit_remaining_requests": "499"}
+    outcome = await outcome_of(response(status, CHAT, **headers))
+    [limit] = outcome.rate_limits
+    assert (limit.kind, limit.period, limit.limit) == ("requests", "minute", 500)
+    assert (limit.remaining, limit.reset_s) == (499, None)
 
 
 # Unreachable --------------------------------------------------------------------------------------

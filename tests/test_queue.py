@@ -62,9 +62,9 @@ async def used(scene: Scene) -> dict[UUID, tuple[int, int, int]]:
     return {
         scope: (requests, input_tokens, output_tokens)
         for scope, requests, input_tokens, output_tokens in await scene.rows(
-            "select scope_id, sum(g.requests)::int, sum(input_tokens)::int, sum(output_tokens)::int"
-            " from ledger g join limits l using (workspace_id, limit_id) where workspace_id = %s"
-            " group by 1",
+            "select scope_id, sum(g.requests)::int, sum(g.input_tokens)::int, sum(g.output_tokens)::int"
+            " from ledger g join limits l using (workspace_id, limit_id)"
+            " where workspace_id = %s and source = 'given' group by 1",
             scene.workspace_id,
         )
     }
@@ -95,7 +95,8 @@ async def test_claim_gives_a_lease_a_number_and_a_reservation(scene: Scene) -> N
         assert lease == timedelta(seconds=90)
         assert (state["reserved_input_tokens"], state["reserved_output_tokens"]) == sizes
         assert {str(i) for i in item.limit_ids} == set(state["reserved_limits"])
-        assert len(item.limit_ids) == 2
+        # Of the resource, of the connection, and the account of its model.
+        assert len(item.limit_ids) == 3
     assert await used(scene) == {
         scene.resource_id: (2, 23, 15),
         scene.connection_id: (2, 23, 15),
@@ -195,8 +196,8 @@ async def test_resources_share_their_connections_limit(world: Database) -> None:
 
 async def test_a_calendar_limit_frees_at_midnight_utc(scene: Scene) -> None:
     await scene.do(
-        "insert into limits (workspace_id, limit_id, scope_id, period, requests)"
-        " values (%s, %s, %s, 'day', 2)",
+        "insert into limits (workspace_id, limit_id, scope_id, period, sliding, requests)"
+        " values (%s, %s, %s, 'day', false, 2)",
         scene.workspace_id,
         uuid7(),
         scene.resource_id,
@@ -212,8 +213,8 @@ async def test_a_calendar_limit_frees_at_midnight_utc(scene: Scene) -> None:
 
 async def test_a_lifetime_limit_never_frees(scene: Scene) -> None:
     await scene.do(
-        "insert into limits (workspace_id, limit_id, scope_id, period, requests)"
-        " values (%s, %s, %s, 'lifetime', 2)",
+        "insert into limits (workspace_id, limit_id, scope_id, period, sliding, requests)"
+        " values (%s, %s, %s, 'lifetime', false, 2)",
         scene.workspace_id,
         uuid7(),
         scene.resource_id,
@@ -473,7 +474,8 @@ async def test_a_throttle_rests_the_resource_for_all_and_burns_nothing(scene: Sc
     assert claim.items == []
     assert claim.wait_s == pytest.approx(30, abs=1)
     assert await scene.due_in() == pytest.approx(30, abs=1)
-    assert await attempts(scene, item) == [(1, "throttled", 1, *_reserved(item))]
+    # The provider counted the call, but it used no tokens.
+    assert await attempts(scene, item) == [(1, "throttled", 1, 0, 0)]
 
 
 def _reserved(item: Item) -> tuple[int, int]:
@@ -492,7 +494,9 @@ async def test_a_throttle_without_a_time_is_recorded(scene: Scene) -> None:
     await scene.submit(1)
     [settled] = await scene.settle((await scene.claim()).items, Outcome.throttled, wait_s=None)
     assert settled.becomes == "pending"
-    assert len((await scene.claim()).items) == 1
+    claim = await scene.claim()
+    assert (claim.items, claim.reason) == ([], "cooldown")
+    assert claim.wait_s == pytest.approx(1.05, abs=0.06)
 
 
 async def test_an_unsent_item_is_refunded_and_burns_nothing(scene: Scene) -> None:
@@ -628,6 +632,7 @@ def _settlement(scene: Scene, item: Item, outcome: Outcome) -> queue.Settlement:
         limit_ids=item.limit_ids,
         reserved_input_tokens=item.input_tokens,
         reserved_output_tokens=item.output_tokens,
+        expected_output_tokens=item.expected_output_tokens,
         refund=False,
     )
 
@@ -650,9 +655,9 @@ async def test_a_late_failure_changes_nothing_but_its_attempt(
     assert [a[:2] for a in await attempts(scene, first)] == [(1, outcome.value)]
     assert (
         await scene.value(
-            "select blocked_until from resource_states where resource_id = %s and"
+            "select blocked_until from scope_states where workspace_id = %s and"
             " blocked_until > '-infinity'::timestamptz union all select null limit 1",
-            scene.resource_id,
+            scene.workspace_id,
         )
         is None
     )
@@ -673,7 +678,7 @@ async def test_repeating_a_settlement_changes_nothing(scene: Scene, outcome: Out
             )
             for table in (
                 "items", "item_results", "attempts", "events", "ledger", "flows", "batches",
-                "resource_states",
+                "resource_states", "scope_states",
             )
         ]  # fmt: skip
 

@@ -40,8 +40,9 @@ FINGERPRINTS = {
         join pg_enum e on e.enumtypid = t.oid where t.typnamespace = 'public'::regnamespace
     """,
     "comments": """
-        select c.relname, d.objsubid, d.description from pg_description d
+        select c.relname, a.attname, d.description from pg_description d
         join pg_class c on c.oid = d.objoid and d.classoid = 'pg_class'::regclass
+        left join pg_attribute a on a.attrelid = c.oid and a.attnum = d.objsubid and a.attnum > 0
         where c.relnamespace = 'public'::regnamespace and not c.relispartition
     """,
 }

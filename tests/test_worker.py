@@ -97,7 +97,10 @@ async def test_every_item_is_answered_once_and_the_books_balance(database: str) 
         assert provider.report()["answered"] == 200
         assert provider.report()["called_twice"] == 0
         assert await scene.value("select count(*) from attempts where outcome = 'answered'") == 200
-        used = await scene.value("select sum(input_tokens + output_tokens) from ledger")
+        used = await scene.value(
+            "select sum(g.input_tokens + g.output_tokens) from ledger g"
+            " join limits using (workspace_id, limit_id) where source = 'given'"
+        )
         assert used == batch.input_tokens + batch.output_tokens
         await scene.check_books()
 
@@ -142,7 +145,7 @@ async def test_a_provider_that_says_429_is_left_alone_until_it_said(database: st
         assert (batch.status, batch.completed, batch.failed) == ("completed", 12, 0)
         assert provider.report()["refused"] != 0
         assert await scene.value("select max(failures) from items") == 0
-        blocked = await scene.value("select blocked_reason from resource_states")
+        blocked = await scene.value("select max(blocked_reason) from scope_states")
         assert blocked == "rate_limited"
         await scene.check_books()
 

@@ -7,6 +7,7 @@ import click
 from app import simulator
 from app.errors import UsageError
 from app.simulator import Behaviour, Simulator
+from app.simulator_limits import HeaderStyle
 
 _DEFAULT = Behaviour()
 _RATE = click.FloatRange(0, 1)
@@ -24,13 +25,31 @@ _RATE = click.FloatRange(0, 1)
 @click.option(
     "--rpm", type=click.IntRange(min=1), help="Requests per minute; by default any number."
 )
+@click.option("--rpd", type=click.IntRange(min=1), help="Requests in any 24 hours.")
 @click.option("--tpm", type=click.IntRange(min=1), help="Tokens per minute; by default any number.")
+@click.option("--input-tpm", type=click.IntRange(min=1), help="Input tokens per minute.")
+@click.option("--output-tpm", type=click.IntRange(min=1), help="Output tokens per minute.")
+@click.option("--max-in-flight", type=click.IntRange(min=1), help="Calls at once.")
 @click.option(
     "--algorithm",
     type=click.Choice(["sliding", "fixed", "bucket"]),
     default=_DEFAULT.algorithm,
     show_default=True,
     help="How a minute is counted.",
+)
+@click.option(
+    "--bucket-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_DEFAULT.bucket_seconds,
+    show_default=True,
+    help="How many seconds of the rate a bucket holds.",
+)
+@click.option(
+    "--header-style",
+    type=click.Choice(["openai", "anthropic", "groq"]),
+    default=_DEFAULT.header_style,
+    show_default=True,
+    help="Whose headers tell of the limits.",
 )
 @click.option(
     "--latency-ms",
@@ -58,8 +77,14 @@ def simulate(  # noqa: PLR0917 - click passes by name
     host: str,
     port: int,
     rpm: int | None,
+    rpd: int | None,
     tpm: int | None,
+    input_tpm: int | None,
+    output_tpm: int | None,
+    max_in_flight: int | None,
     algorithm: Literal["sliding", "fixed", "bucket"],
+    bucket_seconds: float,
+    header_style: HeaderStyle,
     latency_ms: float,
     output_tokens: float,
     error_rate: float,
@@ -80,8 +105,14 @@ def simulate(  # noqa: PLR0917 - click passes by name
             host=host,
             port=port,
             rpm=rpm,
+            rpd=rpd,
             tpm=tpm,
+            input_tpm=input_tpm,
+            output_tpm=output_tpm,
+            max_in_flight=max_in_flight,
             algorithm=algorithm,
+            bucket_seconds=bucket_seconds,
+            header_style=header_style,
             latency_ms=latency_ms,
             output_tokens=output_tokens,
             error_rate=error_rate,

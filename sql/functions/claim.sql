@@ -5,21 +5,28 @@
 -- them with their requests. It commits as one transaction, so a limit can be neither overshot by two
 -- workers nor leaked by a crash: no item is out without its reservation, and none reserved but not out.
 --
--- Lock, then look. The mutexes are the limit_scopes rows of connection and resource. They are locked by
--- a statement of their own: every statement of a VOLATILE function takes a fresh snapshot (READ
--- COMMITTED), so what is read after the lock contains all that the previous holder committed. Locking and
--- reading in one statement would read the snapshot of its start, miss the previous holder's reservations
--- and overshoot. Never call this above READ COMMITTED, nor with synchronous_commit off: a crash would
--- forget grants that went out. Whoever finds a mutex taken goes to its next resource (SKIP LOCKED).
+-- Lock, then look. The mutexes are the limit_scopes rows of connection, model and resource, and of the batches,
+-- api keys and dimension values whose own limits take part. They are locked by statements of their own: every
+-- statement of a VOLATILE function takes a fresh snapshot (READ COMMITTED), so what is read after the lock
+-- contains all that the previous holder committed. Locking and reading in one statement would read the snapshot
+-- of its start, miss the previous holder's reservations and overshoot. Never call this above READ COMMITTED, nor
+-- with synchronous_commit off: a crash would forget grants that went out. Whoever finds a resource's mutex taken
+-- goes to its next resource, and leaves out a flow whose own mutex is taken (SKIP LOCKED).
 --
--- Lock order (the same for all verbs): scope mutexes → items → ledger slots → flows → batches → ready,
--- within each in primary-key order. Items are taken SKIP LOCKED, so a claim never waits for one.
+-- Lock order (the same for all verbs): scope mutexes → items → ledger slots → flows → batches → resource_states →
+-- scope_states → ready, within each in primary-key order. Items are taken SKIP LOCKED, so a claim never waits for one.
 --
 -- Order (start-time fair queueing by tokens). A flow's virtual time is the tokens it took divided by its
 -- weight. An item's tag is that plus the tokens before and including it within its flow. The smallest tags
 -- of the highest priority go first, so a batch of ten beside one of a hundred thousand is answered at once.
--- Cumulated requests and tokens are cut at the first item that does not fit: nothing overtakes it, so a
--- big item is never starved by small ones.
+-- Admission stops at the first item that does not fit the shared limits: nothing overtakes it, so a big item is
+-- never starved by small ones. An item that does not fit a limit of its own batch, key or value sets only its
+-- flow aside, until that limit has room (flows.waits_until). Lower priorities collect a twentieth of the tokens
+-- that the highest takes (resource_states.lower_credit) and go first while that lasts. Towards its deadline a
+-- batch's weight grows with the square of how little time is left, up to a hundredfold.
+--
+-- What is reserved. Input as estimated; output as nine of ten recent answers of the resource had, never more than
+-- the request's own bound, and without experience that bound or 1,024. Both are clamped to the limits.
 --
 -- The floor. First attempts are scanned by number from the flow's floor, so that a claim never walks the
 -- dead index entries which earlier claims left (they cannot be vacuumed while anybody holds a snapshot).
@@ -31,7 +38,7 @@
 -- commit.
 --
 -- The last row returned has no seq: it reports. next_at says when it is worth asking again (null: nothing
--- waits; in the past: at once), busy that another worker held the mutex, isolated that a suspect of many
+-- waits; in the past: at once), busy that another worker held a mutex, isolated that a suspect of many
 -- crashes is due: it was taken, and nothing else, if the worker has nothing else to do (p_alone), and
 -- otherwise waits until a worker has.
 create or replace function claim(
@@ -42,13 +49,14 @@ create or replace function claim(
     p_alone boolean,
     p_guard interval,
     p_grace interval,
-    p_burst_s double precision
+    p_burst_s double precision,
+    p_slow_start int
 )
 returns table (
     batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
-    input_tokens int, output_tokens int, impossible boolean, endpoint text, body text,
-    claimed_at timestamptz, limit_ids uuid[], busy boolean, isolated boolean, next_at timestamptz,
-    waits_for uuid, config_at timestamptz
+    input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean, endpoint text,
+    body text, claimed_at timestamptz, limit_ids uuid[], busy boolean, isolated boolean,
+    next_at timestamptz, reason wait_reason, waits_for uuid, config_at timestamptz
 )
 language plpgsql volatile
 -- The tables grow from empty to millions while a cached plan lives, and their statistics lag behind: these
@@ -66,28 +74,69 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
+    infinite constant double precision := 'infinity';
     v_resource record;
-    v_now timestamptz;
+    v_now timestamptz := clock_timestamp();
+    v_shared uuid[];
+    v_locked uuid[];
+    v_state record;
     v_blocked_until timestamptz;
-    v_limit_ids uuid[];
-    v_requests_left bigint;
-    v_paced bigint;
-    v_tokens_left bigint;
-    v_tokens_cap bigint;
-    v_flows int;
+    v_busy boolean := false;
     v_isolated boolean := false;
+    v_probing boolean := false;
+    v_credit double precision;
+    v_output_high int;
+    v_output_mean double precision;
+    v_want int := p_want;
+    v_room int;
+    v_flows claim_flow[];
+    v_own_scopes uuid[];
+    v_budgets budget[];
+    v_own budget[];
+    v_line claim_candidate[];
+    v_lifted int[] := '{}';
+    v_order int[];
+    -- Of the shared limits together: what is left, what the pace leaves, the largest that may ever fit.
+    v_requests double precision := infinite;
+    v_tokens double precision := infinite;
+    v_input_tokens double precision := infinite;
+    v_output_tokens double precision := infinite;
+    v_paced_requests double precision := infinite;
+    v_paced_tokens double precision := infinite;
+    v_paced_input_tokens double precision := infinite;
+    v_paced_output_tokens double precision := infinite;
+    v_most_tokens double precision := infinite;
+    v_most_input_tokens double precision := infinite;
+    v_most_output_tokens double precision := infinite;
+    v_common uuid[] := '{}';
+    v_set_aside boolean[];
+    v_waiting claim_pick[] := '{}';
+    v_picks claim_pick[] := '{}';
+    v_done boolean[];
+    v_lifted_tokens double precision := 0;
+    v_upper_tokens double precision := 0;
+    v_b budget;
+    v_c claim_candidate;
+    v_at int;
+    v_n int;
+    v_impossible boolean;
+    v_output int;
+    v_expected int;
+    v_head claim_pick;
     v_taken taken_item[];
-    v_picked record;
+    v_floors jsonb;
     v_flow record;
     v_batch record;
+    v_wait record;
     v_next timestamptz;
+    v_reason wait_reason;
     v_waits_for uuid;
-    v_head_tokens bigint;
     v_endpoints jsonb := '{}';
     v_endpoint text;
 begin
     -- 1. The mutexes, and nothing but the mutexes.
-    select r.connection_id, coalesce(r.timeout_ms, c.timeout_ms) as timeout_ms,
+    select r.connection_id, r.model_scope_id, coalesce(r.timeout_ms, c.timeout_ms) as timeout_ms,
+        c.concurrency as connection_concurrency, r.concurrency,
         greatest(r.updated_at, c.updated_at) as config_at
     into v_resource
     from resources r
@@ -96,20 +145,111 @@ begin
     if not found then
         return;
     end if;
+    v_shared := array[v_resource.connection_id, v_resource.model_scope_id, p_resource_id];
     perform 1
     from limit_scopes s
-    where s.workspace_id = p_workspace_id and s.scope_id in (v_resource.connection_id, p_resource_id)
+    where s.workspace_id = p_workspace_id and s.scope_id = any (v_shared)
     order by s.scope_id
     for no key update skip locked;
-    get diagnostics v_flows = row_count;
-    if v_flows < 2 then
+    get diagnostics v_n = row_count;
+    if v_n < 3 then
         return query select null::date, null::uuid, null::int, null::int, null::int, null::int,
-            null::int, null::int, null::boolean, null::text, null::text, clock_timestamp(),
-            null::uuid[], true, false, clock_timestamp(), null::uuid, v_resource.config_at;
+            null::int, null::int, null::int, null::boolean, null::text, null::text, clock_timestamp(),
+            null::uuid[], true, false, clock_timestamp(), null::wait_reason, null::uuid,
+            v_resource.config_at;
         return;
     end if;
+    select s.* into v_state
+    from scope_states s
+    where s.workspace_id = p_workspace_id and s.scope_id = v_resource.model_scope_id;
+    select greatest(max(s.blocked_until), '-infinity') into v_blocked_until
+    from scope_states s
+    where s.workspace_id = p_workspace_id
+        and s.scope_id in (v_resource.model_scope_id, v_resource.connection_id);
+    select s.lower_credit, s.output_high, s.output_mean into v_credit, v_output_high, v_output_mean
+    from resource_states s
+    where s.workspace_id = p_workspace_id and s.resource_id = p_resource_id;
 
-    -- 2. The clock, read after the lock; slots never go backwards.
+    -- 2. Whose turn it is: the first 64 flows, and the first eight of lower priorities. One that waits only for
+    -- later retries, or for a limit of its own, takes no place.
+    with due as materialized (
+        select f.batch_id, f.batch_day, f.priority, f.virtual_time, f.floor, f.scope_ids,
+            f.weight * case when f.expires_at is null then 1 else least(100, (
+                extract(epoch from f.expires_at - f.created_at)
+                / greatest(extract(epoch from f.expires_at - v_now), 0.001)) ^ 2) end as weight,
+            case when f.completed >= 20 then f.output_tokens::double precision / f.completed
+                else v_output_mean end as mean_output_tokens
+        from flows f
+        where f.workspace_id = p_workspace_id
+            and f.resource_id = p_resource_id
+            and f.is_open
+            and not f.is_paused
+            and not f.is_cancelled
+            and f.pending > 0
+            and f.waits_until <= v_now
+            and coalesce(f.expires_at, 'infinity') > v_now
+            and (
+                f.unstarted > 0
+                or exists (
+                    select from items i
+                    where i.workspace_id = f.workspace_id
+                        and i.batch_day = f.batch_day
+                        and i.batch_id = f.batch_id
+                        and i.resource_id = f.resource_id
+                        and i.status = 'pending'
+                        and i.attempt > 0
+                        and i.visible_at <= v_now
+                )
+            )
+    ),
+    ranked as (
+        (select d.* from due d order by d.priority desc, d.virtual_time, d.batch_id limit 64)
+        union
+        (
+            select d.* from due d
+            where d.priority < (select max(priority) from due)
+            order by d.virtual_time, d.batch_id
+            limit 8
+        )
+    )
+    select array_agg(
+        row(r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.floor, r.flows,
+            r.mean_output_tokens, r.scope_ids, null)::claim_flow
+        order by r.priority desc, r.virtual_time, r.batch_id)
+    into v_flows
+    from (select ranked.*, count(*) over ()::int as flows from ranked) r
+    where v_blocked_until <= v_now;
+
+    -- 3. The mutexes of the flows' own limits; what another claim holds is left out of this round.
+    if v_flows is not null then
+        select array_agg(distinct l.scope_id) into v_own_scopes
+        from unnest(v_flows) f
+        cross join unnest(f.scope_ids) as o (scope_id)
+        join limits l on l.workspace_id = p_workspace_id
+            and l.scope_id = o.scope_id
+            and l.dimension is null;
+    end if;
+    if v_own_scopes is not null then
+        select coalesce(array_agg(h.scope_id), '{}') into v_locked
+        from (
+            select s.scope_id from limit_scopes s
+            where s.workspace_id = p_workspace_id and s.scope_id = any (v_own_scopes)
+            order by s.scope_id
+            for no key update skip locked
+        ) h;
+        if cardinality(v_locked) < cardinality(v_own_scopes) then
+            v_busy := true;
+            select array_agg(f order by f.priority desc, f.virtual_time, f.batch_id) into v_flows
+            from unnest(v_flows) f
+            where not exists (
+                select from unnest(f.scope_ids) as o (scope_id)
+                where o.scope_id = any (v_own_scopes) and o.scope_id <> all (v_locked)
+            );
+        end if;
+        v_shared := v_shared || v_locked;
+    end if;
+
+    -- 4. The clock, read after the locks; slots never go backwards.
     select greatest(clock_timestamp(), max(newest.slot_at)) into v_now
     from limits l
     cross join lateral (
@@ -118,157 +258,242 @@ begin
         order by g.slot_at desc
         limit 1
     ) newest
-    where l.workspace_id = p_workspace_id
-        and l.scope_id in (v_resource.connection_id, p_resource_id);
+    where l.workspace_id = p_workspace_id and l.scope_id = any (v_shared);
     v_now := coalesce(v_now, clock_timestamp());
 
-    -- 3. What the limits leave.
-    select array_agg(l.limit_id order by l.limit_id),
-        min(l.requests - used.requests),
-        min(l.tokens - used.tokens),
-        min(l.tokens)
-    into v_limit_ids, v_requests_left, v_tokens_left, v_tokens_cap
-    from limits l
-    cross join lateral (
-        select coalesce(sum(g.requests), 0)::bigint as requests,
-            coalesce(sum(g.input_tokens + g.output_tokens), 0)::bigint as tokens
-        from ledger g
-        where g.workspace_id = l.workspace_id
-            and g.limit_id = l.limit_id
-            and g.slot_at > slot_of(l.period, v_now) - case l.period
-                when 'minute' then interval '61 seconds' + p_guard
-                when 'hour' then interval '3660 seconds' + p_guard
-                else interval '1 microsecond'
-            end
-            and slot_frees_at(l.period, g.slot_at, p_guard) > v_now
-    ) used
-    where l.workspace_id = p_workspace_id
-        and l.scope_id in (v_resource.connection_id, p_resource_id);
-    v_limit_ids := coalesce(v_limit_ids, '{}');
-    select floor(min(e.allowance))::bigint into v_paced
-    from pace(p_workspace_id, v_limit_ids, v_now, p_burst_s) e;
-    v_requests_left := least(v_requests_left, v_paced);
+    -- 5. What the limits leave: the shared ones together, those of flows one by one.
+    if v_flows is not null then
+        select array_agg(b) into v_budgets
+        from budgets(p_workspace_id, v_shared, v_now, p_guard, p_burst_s * v_state.burst_share,
+            v_state.throttled_at) b;
+        foreach v_b in array coalesce(v_budgets, '{}') loop
+            if v_b.scope_id in (v_resource.connection_id, v_resource.model_scope_id, p_resource_id) then
+                v_common := v_common || v_b.limit_id;
+                v_requests := least(v_requests, v_b.requests);
+                v_tokens := least(v_tokens, v_b.tokens);
+                v_input_tokens := least(v_input_tokens, v_b.input_tokens);
+                v_output_tokens := least(v_output_tokens, v_b.output_tokens);
+                v_paced_requests := least(v_paced_requests, v_b.paced_requests);
+                v_paced_tokens := least(v_paced_tokens, v_b.paced_tokens);
+                v_paced_input_tokens := least(v_paced_input_tokens, v_b.paced_input_tokens);
+                v_paced_output_tokens := least(v_paced_output_tokens, v_b.paced_output_tokens);
+                v_most_tokens := least(v_most_tokens, v_b.most_tokens);
+                v_most_input_tokens := least(v_most_input_tokens, v_b.most_input_tokens);
+                v_most_output_tokens := least(v_most_output_tokens, v_b.most_output_tokens);
+            else
+                v_own := v_own || v_b;
+            end if;
+        end loop;
+        select array_agg(row(f.batch_id, f.batch_day, f.priority, f.weight, f.virtual_time, f.floor, f.flows,
+            f.mean_output_tokens, f.scope_ids, v_common || array(
+                select o.limit_id from unnest(v_own) o where o.scope_id = any (f.scope_ids)
+            ))::claim_flow order by f.ordinality)
+        into v_flows
+        from unnest(v_flows) with ordinality f;
 
-    select s.blocked_until into v_blocked_until
-    from resource_states s
-    where s.workspace_id = p_workspace_id and s.resource_id = p_resource_id;
+        -- How many more calls may be out at once. A fresh model whose rate nobody knows begins with a few and
+        -- gets one more for every answer, so that their number doubles with each round.
+        if v_state.concurrency is null and v_state.is_fresh and p_slow_start > 0
+            and v_paced_requests = infinite and v_requests = infinite
+        then
+            v_state.concurrency := p_slow_start + v_state.answered;
+        end if;
+        if least(v_resource.connection_concurrency, v_resource.concurrency, v_state.concurrency)
+            is not null
+        then
+            select c.room, c.scope_id into v_room, v_waits_for
+            from calls_room(p_workspace_id, p_resource_id, v_state.concurrency) c;
+            v_want := greatest(least(v_want, v_room), 0);
+            if v_want <= 0 then
+                v_reason := 'concurrency';
+            end if;
+        end if;
+        -- After a refusal one call is sent ahead: when it has been borne for a second, the others follow.
+        if v_state.refusals > 0 then
+            if v_state.probed_at <= v_state.throttled_at then
+                v_probing := true;
+                v_want := least(v_want, 1);
+            elsif v_now < v_state.probed_at + interval '1 second' then
+                v_blocked_until := v_state.probed_at + interval '1 second';
+                v_flows := null;
+            end if;
+        end if;
+    end if;
 
     if v_blocked_until > v_now then
-        v_next := v_blocked_until;
-        v_waits_for := p_resource_id;
-    else
-        -- 4. Whose turn it is. A flow that waits only for later retries takes no place in the ranking.
-        with ranked as materialized (
-            select f.batch_id, f.batch_day, f.priority, f.weight, f.virtual_time, f.floor,
-                count(*) over () as flows
-            from flows f
-            where f.workspace_id = p_workspace_id
-                and f.resource_id = p_resource_id
-                and f.is_open
-                and not f.is_paused
-                and not f.is_cancelled
-                and f.pending > 0
-                and (
-                    f.unstarted > 0
-                    or exists (
-                        select from items i
-                        where i.workspace_id = f.workspace_id
-                            and i.batch_day = f.batch_day
-                            and i.batch_id = f.batch_id
-                            and i.resource_id = f.resource_id
-                            and i.status = 'pending'
-                            and i.attempt > 0
-                            and i.visible_at <= v_now
-                    )
-                )
-            order by f.priority desc, f.virtual_time, f.batch_id
-            limit 64
-        ),
-        candidates as materialized (
-            select p_workspace_id as workspace_id, r.batch_id, r.batch_day, r.priority, r.weight,
-                r.virtual_time, r.floor, c.seq, c.attempt, c.failures, c.max_attempts, c.place, c.suspect,
-                c.input_tokens > coalesce(v_tokens_cap, c.input_tokens) as impossible,
-                c.input_tokens,
-                least(
-                    coalesce(c.max_output_tokens, 1024),
-                    greatest(coalesce(v_tokens_cap, 2147483647) - c.input_tokens, 0)
-                )::int as output_tokens
-            from ranked r
+        v_reason := 'cooldown';
+        v_waits_for := v_resource.model_scope_id;
+    elsif v_flows is not null and v_want > 0 then
+        -- 6. The line: each flow's first items, by priority and tag.
+        with candidates as (
+            select f.ordinality::int as flow, f.priority, f.weight, f.virtual_time, f.batch_id, c.*,
+                greatest(c.input_tokens + least(
+                    coalesce(c.max_output_tokens, v_output_high, 1024), v_output_high), 1) as cost
+            from unnest(v_flows) with ordinality f
             cross join lateral (
                 (
-                    select i.seq, i.attempt, i.failures, i.max_attempts, i.input_tokens,
-                        i.max_output_tokens, i.crashes >= 6 as suspect,
+                    select i.seq, i.attempt, i.input_tokens, i.max_output_tokens,
+                        i.crashes >= 6 as suspect,
                         row_number() over (order by i.visible_at, i.seq) - 1000000 as place
                     from items i
                     where i.workspace_id = p_workspace_id
-                        and i.batch_day = r.batch_day
-                        and i.batch_id = r.batch_id
+                        and i.batch_day = f.batch_day
+                        and i.batch_id = f.batch_id
                         and i.resource_id = p_resource_id
                         and i.status = 'pending'
                         and i.attempt > 0
                         and i.visible_at <= v_now
                     order by i.visible_at, i.seq
                     -- Enough that few flows fill the worker, bounded when there are many.
-                    limit greatest(16, 4 * p_want / r.flows + 1)
+                    limit greatest(16, 4 * v_want / f.flows + 1)
                 )
                 union all
                 (
-                    select i.seq, i.attempt, i.failures, i.max_attempts, i.input_tokens,
-                        i.max_output_tokens, false, i.seq::bigint
+                    select i.seq, i.attempt, i.input_tokens, i.max_output_tokens, false, i.seq::bigint
                     from items i
                     where i.workspace_id = p_workspace_id
-                        and i.batch_day = r.batch_day
-                        and i.batch_id = r.batch_id
+                        and i.batch_day = f.batch_day
+                        and i.batch_id = f.batch_id
                         and i.resource_id = p_resource_id
                         and i.status = 'pending'
                         and i.attempt = 0
-                        and i.seq >= r.floor
+                        and i.seq >= f.floor
                     order by i.seq
-                    limit least(p_want, greatest(16, 4 * p_want / r.flows + 1))
+                    limit least(v_want, greatest(16, 4 * v_want / f.flows + 1))
                 )
             ) c
         ),
-        -- An item that was in flight at many crashes runs alone, so that the next one convicts it.
-        eligible as (
-            select c.*,
-                case when impossible then 0 else 1 end as cost_requests,
-                case when impossible then 0 else input_tokens + output_tokens end as cost_tokens
-            from candidates c
-            where not suspect
-                or (p_alone and not exists (
-                    select from candidates o
-                    where o.suspect and (o.place, o.batch_id) < (c.place, c.batch_id)
-                ))
-        ),
         tagged as (
-            select e.*,
-                virtual_time + sum(greatest(cost_tokens, 1))
-                    over (partition by batch_id order by place) / weight as tag
-            from eligible e
+            select c.*, c.priority < max(c.priority) over () as is_lower,
+                c.virtual_time + sum(c.cost) over (partition by c.flow order by c.place) / c.weight as tag
+            from candidates c
+        )
+        select array_agg(
+            row(t.flow, t.seq, t.attempt, t.input_tokens, t.max_output_tokens, t.suspect, t.is_lower, t.tag)
+                ::claim_candidate
+            order by (t.suspect and p_alone) desc, t.priority desc, t.tag, t.batch_id, t.place)
+        into v_line
+        from tagged t;
+        v_line := coalesce(v_line, '{}');
+        v_waits_for := null;
+        if v_credit > 0 then
+            select coalesce(array_agg(l.ordinality order by l.tag, l.ordinality), '{}') into v_lifted
+            from unnest(v_line) with ordinality l
+            where l.is_lower;
+        end if;
+        v_order := v_lifted || array(select generate_series(1, cardinality(v_line)));
+        v_done := array_fill(false, array[greatest(cardinality(v_line), 1)]);
+        v_set_aside := array_fill(false, array[cardinality(v_flows)]);
+
+        -- 7. Who fits, in that order.
+        <<line>>
+        for v_n in 1 .. cardinality(v_order) loop
+            exit when cardinality(v_picks) >= v_want;
+            v_at := v_order[v_n];
+            continue when v_done[v_at];
+            v_c := v_line[v_at];
+            continue when v_set_aside[v_c.flow];
+            -- Once the lower ones' credit is used up they have their turn after the others.
+            continue when v_n <= cardinality(v_lifted) and v_credit <= v_lifted_tokens;
+            if v_c.suspect then
+                v_isolated := true;
+                continue when not p_alone;
+            end if;
+            v_impossible := v_c.input_tokens > least(v_most_tokens, v_most_input_tokens);
+            v_output := least(coalesce(v_c.max_output_tokens, v_output_high, 1024), v_output_high,
+                v_most_output_tokens, greatest(v_most_tokens - v_c.input_tokens, 0));
+            if v_own is not null then
+                foreach v_b in array v_own loop
+                    if v_b.limit_id = any ((v_flows[v_c.flow]).limit_ids) then
+                        v_impossible := v_impossible or coalesce(
+                            v_c.input_tokens > least(v_b.most_tokens, v_b.most_input_tokens), false);
+                        v_output := greatest(least(v_output, v_b.most_output_tokens,
+                            v_b.most_tokens - v_c.input_tokens), 0);
+                    end if;
+                end loop;
+            end if;
+            if v_impossible then
+                v_picks := v_picks || row(v_c.flow, v_c.seq, v_c.attempt, 0, 0, 0, true)::claim_pick;
+                v_done[v_at] := true;
+                continue;
+            end if;
+            v_expected := least(v_output, coalesce((v_flows[v_c.flow]).mean_output_tokens, v_output));
+            v_head := row(v_c.flow, v_c.seq, v_c.attempt, v_c.input_tokens, v_output, v_expected, false);
+            if v_requests < 1
+                or v_tokens < v_c.input_tokens + v_output
+                or v_input_tokens < v_c.input_tokens
+                or v_output_tokens < v_output
+            then
+                v_reason := 'capacity';
+                exit;
+            -- The pace is a debt: what an item takes beyond it is waited for before the next one.
+            elsif v_paced_requests < 1
+                or least(v_paced_tokens, v_paced_input_tokens, v_paced_output_tokens) <= 0
+            then
+                v_reason := 'pace';
+                exit;
+            end if;
+            if v_own is not null then
+                foreach v_b in array v_own loop
+                    if v_b.limit_id = any ((v_flows[v_c.flow]).limit_ids) and (
+                        v_b.requests < 1
+                        or v_b.tokens < v_c.input_tokens + v_output
+                        or v_b.input_tokens < v_c.input_tokens
+                        or v_b.output_tokens < v_output
+                        or v_b.paced_requests < 1
+                        or least(v_b.paced_tokens, v_b.paced_input_tokens, v_b.paced_output_tokens) <= 0
+                    ) then
+                        v_set_aside[v_c.flow] := true;
+                        v_waiting := v_waiting || v_head;
+                        continue line;
+                    end if;
+                end loop;
+                for v_o in 1 .. cardinality(v_own) loop
+                    v_b := v_own[v_o];
+                    if v_b.limit_id = any ((v_flows[v_c.flow]).limit_ids) then
+                        v_b.requests := v_b.requests - 1;
+                        v_b.tokens := v_b.tokens - v_c.input_tokens - v_output;
+                        v_b.input_tokens := v_b.input_tokens - v_c.input_tokens;
+                        v_b.output_tokens := v_b.output_tokens - v_output;
+                        v_b.paced_requests := v_b.paced_requests - 1;
+                        v_b.paced_tokens := v_b.paced_tokens - v_c.input_tokens - v_expected;
+                        v_b.paced_input_tokens := v_b.paced_input_tokens - v_c.input_tokens;
+                        v_b.paced_output_tokens := v_b.paced_output_tokens - v_expected;
+                        v_own[v_o] := v_b;
+                    end if;
+                end loop;
+            end if;
+            v_requests := v_requests - 1;
+            v_tokens := v_tokens - v_c.input_tokens - v_output;
+            v_input_tokens := v_input_tokens - v_c.input_tokens;
+            v_output_tokens := v_output_tokens - v_output;
+            v_paced_requests := v_paced_requests - 1;
+            v_paced_tokens := v_paced_tokens - v_c.input_tokens - v_expected;
+            v_paced_input_tokens := v_paced_input_tokens - v_c.input_tokens;
+            v_paced_output_tokens := v_paced_output_tokens - v_expected;
+            if v_n <= cardinality(v_lifted) then
+                v_lifted_tokens := v_lifted_tokens + v_c.input_tokens + v_output;
+            elsif not v_c.is_lower then
+                v_upper_tokens := v_upper_tokens + v_c.input_tokens + v_output;
+            end if;
+            v_picks := v_picks || v_head;
+            v_done[v_at] := true;
+            -- An item that was in flight at many crashes runs alone, so that the next one convicts it.
+            exit when v_c.suspect;
+        end loop;
+        if v_reason is null and v_want < p_want and cardinality(v_picks) >= v_want then
+            v_reason := case when v_probing then 'cooldown' else 'concurrency' end;
+        end if;
+
+        -- 8. Take them. Whoever is locked (by a cancel's marking) is left for later.
+        with fitting as materialized (
+            select p_workspace_id as workspace_id, (v_flows[p.flow]).batch_day as batch_day,
+                (v_flows[p.flow]).batch_id as batch_id, p.*
+            from unnest(v_picks) with ordinality p
         ),
-        summed as (
-            select t.*,
-                row_number() over line as rank,
-                sum(cost_requests) over line as requests,
-                sum(cost_tokens) over line as tokens
-            from tagged t
-            window line as (
-                order by (suspect and p_alone) desc, priority desc, tag, batch_id, place
-                rows unbounded preceding
-            )
-        ),
-        fitting as (
-            select s.*
-            from summed s
-            where rank <= case when p_alone and exists (select from eligible where suspect)
-                    then 1 else p_want end
-                and requests <= coalesce(v_requests_left, requests)
-                and tokens <= coalesce(v_tokens_left, tokens)
-        ),
-        -- 5. Take them. Whoever is locked (by a cancel's marking) is left for later.
         held as (
-            select i.workspace_id, i.batch_day, i.batch_id, i.seq, p.impossible, p.input_tokens,
-                p.output_tokens, p.rank
+            select i.workspace_id, i.batch_day, i.batch_id, i.seq, p.flow, p.impossible, p.input_tokens,
+                p.output_tokens, p.expected_output_tokens, p.ordinality as rank
             from fitting p
             join items i on i.workspace_id = p.workspace_id
                 and i.batch_day = p.batch_day
@@ -285,86 +510,90 @@ begin
                 attempt = i.attempt + 1,
                 worker_id = p_worker_id,
                 claimed_at = v_now,
-                reserved_limits = case when h.impossible then '{}' else v_limit_ids end,
-                reserved_input_tokens = case when h.impossible then 0 else h.input_tokens end,
-                reserved_output_tokens = case when h.impossible then 0 else h.output_tokens end
+                reserved_limits = case when h.impossible then '{}' else (v_flows[h.flow]).limit_ids end,
+                reserved_input_tokens = h.input_tokens,
+                reserved_output_tokens = h.output_tokens,
+                expected_output_tokens = h.expected_output_tokens
             from held h
             where i.workspace_id = h.workspace_id
                 and i.batch_day = h.batch_day
                 and i.batch_id = h.batch_id
                 and i.seq = h.seq
             returning i.batch_day, i.batch_id, i.seq, i.attempt, i.failures, i.max_attempts,
-                i.reserved_input_tokens, i.reserved_output_tokens, h.impossible, h.rank
+                h.flow, h.input_tokens, h.output_tokens, h.expected_output_tokens, h.impossible, h.rank
         ),
         -- A first-attempt candidate that was not taken stops its flow's floor.
         floors as (
-            select batch_id, coalesce(min(seq) filter (where not taken), max(seq) + 1) as floor
+            select flow, coalesce(min(seq) filter (where not taken), max(seq) + 1) as floor
             from (
-                select batch_id, seq, bool_or(taken) as taken
+                select flow, seq, bool_or(taken) as taken
                 from (
-                    select batch_id, seq, false as taken from candidates where attempt = 0
+                    select l.flow, l.seq, false as taken from unnest(v_line) l where l.attempt = 0
                     union all
-                    select batch_id, seq, true from updated where attempt = 1
+                    select flow, seq, true from updated where attempt = 1
                 ) both_sets
-                group by batch_id, seq
+                group by flow, seq
             ) firsts
-            group by batch_id
+            group by flow
         )
         select
             (select array_agg(row(p_workspace_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
-                p_resource_id, reserved_input_tokens, reserved_output_tokens, impossible)::taken_item
-                order by rank) from updated) as taken,
-            (select jsonb_object_agg(batch_id, floor) from floors) as floors,
-            exists (select from candidates where suspect) as suspects,
-            -- The first that did not fit; what is left because the worker is full is not waiting.
-            (select s.cost_tokens from summed s
-                where s.rank <= p_want and s.rank > (select count(*) from fitting)
-                order by s.rank limit 1) as head_tokens
-        into v_picked;
-        v_taken := v_picked.taken;
-        v_isolated := v_picked.suspects;
-        -- Beside a suspect that was taken others are not waiting for capacity; the suspect itself may be.
-        if v_taken is null or not (v_picked.suspects and p_alone) then
-            v_head_tokens := v_picked.head_tokens;
-        end if;
+                flow, input_tokens, output_tokens, expected_output_tokens, impossible)::taken_item
+                order by rank) from updated),
+            (select jsonb_object_agg(flow, floor) from floors)
+        into v_taken, v_floors;
 
-        if v_taken is not null then
-            -- 6. The ledger: one row per limit, the slot of now.
-            insert into ledger as g (workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens)
-            select p_workspace_id, l.limit_id, slot_of(l.period, v_now), sums.requests, sums.input_tokens,
-                sums.output_tokens
-            from limits l
-            cross join (
-                select count(*) as requests, sum(t.input_tokens) as input_tokens,
-                    sum(t.output_tokens) as output_tokens
-                from unnest(v_taken) t
-                where not t.impossible
-            ) sums
-            where l.workspace_id = p_workspace_id
-                and l.limit_id = any (v_limit_ids)
-                and sums.requests > 0
-            order by l.limit_id
-            on conflict on constraint ledger_pkey do update
-            set requests = g.requests + excluded.requests,
-                input_tokens = g.input_tokens + excluded.input_tokens,
-                output_tokens = g.output_tokens + excluded.output_tokens;
+        -- 9. The ledger: one row per limit, the slot of now.
+        insert into ledger as g (
+            workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens, expected_output_tokens
+        )
+        select l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, v_now), s.requests, s.input_tokens,
+            s.output_tokens, s.expected_output_tokens
+        from (
+            select p_workspace_id as workspace_id, o.limit_id, sum(t.requests) as requests,
+                sum(t.input_tokens) as input_tokens, sum(t.output_tokens) as output_tokens,
+                sum(t.expected_output_tokens) as expected_output_tokens
+            from (
+                select flow, count(*) as requests, sum(input_tokens) as input_tokens,
+                    sum(output_tokens) as output_tokens,
+                    sum(expected_output_tokens) as expected_output_tokens
+                from unnest(v_taken)
+                where not impossible
+                group by flow
+            ) t
+            cross join lateral unnest((v_flows[t.flow]).limit_ids) as o (limit_id)
+            group by o.limit_id
+        ) s
+        join limits l on l.workspace_id = s.workspace_id and l.limit_id = s.limit_id
+        order by l.limit_id
+        on conflict on constraint ledger_pkey do update
+        set requests = g.requests + excluded.requests,
+            input_tokens = g.input_tokens + excluded.input_tokens,
+            output_tokens = g.output_tokens + excluded.output_tokens,
+            expected_output_tokens = g.expected_output_tokens + excluded.expected_output_tokens;
 
-            -- 7. Flows, then batches, in key order; each flow's items are one event row.
-            for v_flow in
-                select t.batch_id, t.batch_day, count(*)::int as items,
-                    count(*) filter (where t.attempt = 1)::int as started,
-                    sum(greatest(t.input_tokens + t.output_tokens, 1)) as tokens,
-                    array_agg(t.seq order by t.seq) as seqs
-                from unnest(v_taken) t
-                group by t.batch_id, t.batch_day
-                order by t.batch_id
-            loop
+        -- 10. Flows, then batches, in key order; each flow's items are one event row.
+        for v_flow in
+            select f.ordinality::int as flow, f.batch_id, f.weight, f.scope_ids, t.items, t.started, t.tokens,
+                h.input_tokens, h.output_tokens
+            from unnest(v_flows) with ordinality f
+            left join (
+                select flow, count(*)::int as items, count(*) filter (where attempt = 1)::int as started,
+                    sum(greatest(input_tokens + output_tokens, 1)) as tokens
+                from unnest(v_taken)
+                group by flow
+            ) t on t.flow = f.ordinality
+            left join unnest(v_waiting) h on h.flow = f.ordinality
+            where t.items is not null or h.flow is not null
+            order by f.batch_id
+        loop
+            if v_flow.items is not null then
                 update flows f
                 set pending = f.pending - v_flow.items,
                     unstarted = f.unstarted - v_flow.started,
                     running = f.running + v_flow.items,
-                    virtual_time = f.virtual_time + v_flow.tokens / f.weight,
-                    floor = greatest(f.floor, (v_picked.floors ->> v_flow.batch_id::text)::int)
+                    virtual_time = f.virtual_time + v_flow.tokens / v_flow.weight,
+                    floor = greatest(f.floor, (v_floors ->> v_flow.flow::text)::int)
                 where f.workspace_id = p_workspace_id
                     and f.batch_id = v_flow.batch_id
                     and f.resource_id = p_resource_id
@@ -374,75 +603,185 @@ begin
                     raise exception 'flow of batch % was closed during the claim', v_flow.batch_id
                         using errcode = 'SLCLO';
                 end if;
-            end loop;
-            for v_batch in
-                select t.batch_id, t.batch_day, array_agg(t.seq order by t.seq) as seqs
-                from unnest(v_taken) t
-                group by t.batch_id, t.batch_day
-                order by t.batch_id
-            loop
-                update batches b
-                set status = 'running', started_at = v_now
-                where b.workspace_id = p_workspace_id
-                    and b.batch_id = v_batch.batch_id
-                    and b.status = 'pending';
-                if found then
-                    perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
-                        'batch-running', null, v_now);
-                end if;
-                select b.endpoint into v_endpoint
-                from batches b
-                where b.workspace_id = p_workspace_id and b.batch_id = v_batch.batch_id;
-                v_endpoints := v_endpoints || jsonb_build_object(v_batch.batch_id, v_endpoint);
-                perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id, 'item-running',
-                    v_batch.seqs, v_now);
-            end loop;
+            end if;
+            if v_flow.input_tokens is not null then
+                select * into v_wait
+                from capacity_waits(p_workspace_id, v_flow.scope_ids, v_flow.input_tokens,
+                    v_flow.output_tokens, v_now, p_guard, p_burst_s * v_state.burst_share,
+                    v_state.throttled_at);
+                update flows f
+                set waits_until = v_wait.next_at, waits_for = v_wait.limit_id
+                where f.workspace_id = p_workspace_id
+                    and f.batch_id = v_flow.batch_id
+                    and f.resource_id = p_resource_id;
+            end if;
+        end loop;
+        for v_batch in
+            select f.batch_id, f.batch_day, t.seqs
+            from (
+                select flow, array_agg(seq order by seq) as seqs from unnest(v_taken) group by flow
+            ) t
+            join unnest(v_flows) with ordinality f on f.ordinality = t.flow
+            order by f.batch_id
+        loop
+            update batches b
+            set status = 'running', started_at = v_now
+            where b.workspace_id = p_workspace_id
+                and b.batch_id = v_batch.batch_id
+                and b.status = 'pending';
+            if found then
+                perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
+                    'batch-running', null, v_now);
+            end if;
+            select b.endpoint into v_endpoint
+            from batches b
+            where b.workspace_id = p_workspace_id and b.batch_id = v_batch.batch_id;
+            v_endpoints := v_endpoints || jsonb_build_object(v_batch.batch_id, v_endpoint);
+            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id, 'item-running',
+                v_batch.seqs, v_now);
+        end loop;
+
+        -- 11. What this claim changes for the next ones.
+        if v_lifted_tokens > 0 or v_upper_tokens > 0 and exists (
+            select from unnest(v_line) l where l.is_lower
+        ) then
+            update resource_states s
+            set lower_credit = least(s.lower_credit + 0.05 * v_upper_tokens - v_lifted_tokens, 1000000)
+            where s.workspace_id = p_workspace_id and s.resource_id = p_resource_id;
+        end if;
+        if v_taken is not null and (v_probing or v_state.begun_at is null) then
+            update scope_states s
+            set begun_at = coalesce(s.begun_at, v_now),
+                probed_at = case when v_probing then v_now else s.probed_at end
+            where s.workspace_id = p_workspace_id and s.scope_id = v_resource.model_scope_id;
         end if;
     end if;
 
-    -- 8. When it is worth coming back. The ready row is locked first; ledger and flows are looked at after:
+    -- 12. When it is worth coming back. The ready row is locked first; ledger and flows are looked at after:
     -- whoever adds work or gives back capacity does so before it locks the ready row (it locks it even when
     -- it finds nothing to change there), so either we see what it did or it sets next_at after us.
-    if v_next is not null or v_head_tokens is not null or cardinality(coalesce(v_taken, '{}')) < p_want then
+    if v_reason is not null or cardinality(coalesce(v_taken, '{}')) < p_want then
         perform 1 from ready r
         where r.workspace_id = p_workspace_id and r.resource_id = p_resource_id
         for no key update;
-        if v_next is null and v_head_tokens is not null then
-            select w.next_at, w.limit_id into v_next, v_waits_for
-            from capacity_frees(p_workspace_id, v_limit_ids, 1, v_head_tokens, v_now, p_guard) w;
-            -- At the pace, half a burst later: soon enough to lose nothing, and several at once.
-            v_next := greatest(v_next, (
-                select max(v_now + make_interval(
-                    secs => greatest(greatest(e.burst / 2, 1) - e.allowance, 0) / e.rate))
-                from pace(p_workspace_id, v_limit_ids, v_now, p_burst_s) e
-            ));
-        end if;
-        if v_next is null then
-            v_next := work_due(p_workspace_id, p_resource_id, v_now);
-        end if;
+        case v_reason
+            when 'cooldown' then
+                v_next := greatest(v_blocked_until, v_now + interval '1 second' * v_probing::int);
+            when 'concurrency' then
+                -- A call that ends wakes the resource (ready_change); a minute is only the net below that.
+                select case when c.room > 0 then v_now else v_now + interval '60 seconds' end, c.scope_id
+                into v_next, v_waits_for
+                from calls_room(p_workspace_id, p_resource_id, v_state.concurrency) c;
+            when 'capacity', 'pace' then
+                select w.next_at, w.limit_id into v_next, v_waits_for
+                from capacity_waits(p_workspace_id,
+                    array[v_resource.connection_id, v_resource.model_scope_id, p_resource_id],
+                    v_head.input_tokens, v_head.output_tokens, v_now, p_guard,
+                    p_burst_s * v_state.burst_share, v_state.throttled_at) w;
+            else
+                select w.due_at, w.waits_for into v_next, v_waits_for
+                from work_due(p_workspace_id, p_resource_id, v_now) w;
+                v_reason := case
+                    when v_next <= v_now then null
+                    when v_waits_for is not null then 'capacity'
+                    when v_next is not null then 'retry'
+                end;
+        end case;
         update ready r
-        set next_at = coalesce(v_next, 'infinity')
+        set next_at = coalesce(v_next, 'infinity'), reason = v_reason, waits_for = v_waits_for
         where r.workspace_id = p_workspace_id
             and r.resource_id = p_resource_id
-            and r.next_at is distinct from coalesce(v_next, 'infinity');
+            and (r.next_at, r.reason, r.waits_for)
+                is distinct from (coalesce(v_next, 'infinity'), v_reason, v_waits_for);
     else
         v_next := v_now;
     end if;
 
     return query
     select t.batch_day, t.batch_id, t.seq, t.attempt, t.failures, t.max_attempts, t.input_tokens,
-        t.output_tokens, t.impossible,
-        v_endpoints ->> t.batch_id::text, q.body::text, v_now, v_limit_ids, false, false,
-        null::timestamptz, null::uuid, v_resource.config_at
+        t.output_tokens, t.expected_output_tokens, t.impossible,
+        v_endpoints ->> t.batch_id::text, q.body::text, v_now,
+        case when t.impossible then '{}' else (v_flows[t.flow]).limit_ids end, false, false,
+        null::timestamptz, null::wait_reason, null::uuid, v_resource.config_at
     from unnest(v_taken) t
     join item_requests q on q.workspace_id = t.workspace_id
         and q.batch_day = t.batch_day
         and q.batch_id = t.batch_id
         and q.seq = t.seq;
     return query select null::date, null::uuid, null::int, null::int, null::int, null::int, null::int,
-        null::int, null::boolean, null::text, null::text, v_now, v_limit_ids, false, v_isolated,
-        nullif(v_next, 'infinity'), v_waits_for, v_resource.config_at;
+        null::int, null::int, null::boolean, null::text, null::text, v_now, null::uuid[], v_busy,
+        v_isolated, nullif(v_next, 'infinity'), v_reason, v_waits_for, v_resource.config_at;
 end
 $$;
-comment on function claim(uuid, uuid, uuid, int, boolean, interval, interval, double precision) is
-    'Take items of one resource for work, within its limits. See sql/functions/claim.sql.';
+comment on function claim(
+    uuid, uuid, uuid, int, boolean, interval, interval, double precision, int
+) is 'Take items of one resource for work, within its limits. See sql/functions/claim.sql.';
+
+-- How many more calls of a resource may be out at once, by the bounds of its connection, its resource and what its
+-- model was seen to bear (p_learned), and the scope of the tightest. No row: there is no bound.
+create or replace function calls_room(
+    p_workspace_id uuid, p_resource_id uuid, p_learned double precision
+)
+returns table (room int, scope_id uuid)
+language sql stable
+as $$
+    select x.room, x.scope_id
+    from resources r
+    join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
+    cross join lateral (
+        select coalesce(sum(f.running), 0) as connection,
+            coalesce(sum(f.running) filter (where o.model_scope_id = r.model_scope_id), 0) as model,
+            coalesce(sum(f.running) filter (where o.resource_id = r.resource_id), 0) as resource
+        from resources o
+        join flows f on f.workspace_id = o.workspace_id and f.resource_id = o.resource_id and f.is_open
+        where o.workspace_id = r.workspace_id and o.connection_id = r.connection_id
+    ) running
+    cross join lateral (
+        values ((c.concurrency - running.connection)::int, c.connection_id),
+            ((floor(p_learned) - running.model)::int, r.model_scope_id),
+            ((r.concurrency - running.resource)::int, r.resource_id)
+    ) x (room, scope_id)
+    where r.workspace_id = p_workspace_id and r.resource_id = p_resource_id and x.room is not null
+    order by x.room, x.scope_id
+    limit 1
+$$;
+comment on function calls_room(uuid, uuid, double precision) is
+    'How many more calls of a resource may be out at once.';
+
+-- When an item of this size may be claimed as far as the limits of scopes and their pace go, and the limit that is
+-- last to allow it: now, if nothing stands against it. Infinity: never. At the pace half a burst later than the
+-- first moment: soon enough to lose nothing, and several at once.
+create or replace function capacity_waits(
+    p_workspace_id uuid, p_scope_ids uuid[], p_input_tokens bigint, p_output_tokens bigint,
+    p_now timestamptz, p_guard interval, p_burst_s double precision, p_paced_since timestamptz
+)
+returns table (next_at timestamptz, limit_id uuid)
+language sql stable
+as $$
+    select w.next_at, w.limit_id
+    from (
+        select f.next_at, f.limit_id
+        from capacity_frees(p_workspace_id, p_scope_ids, 1, p_input_tokens, p_output_tokens, p_now,
+            p_guard) f
+        union all
+        select p_now + make_interval(secs => greatest(
+                case when b.paced_requests < 1 then
+                    (greatest(b.rate_requests * p_burst_s / 2, 1) - b.paced_requests) / b.rate_requests end,
+                case when b.paced_tokens <= 0 then p_burst_s / 2 - b.paced_tokens / b.rate_tokens end,
+                case when b.paced_input_tokens <= 0
+                    then p_burst_s / 2 - b.paced_input_tokens / b.rate_input_tokens end,
+                case when b.paced_output_tokens <= 0
+                    then p_burst_s / 2 - b.paced_output_tokens / b.rate_output_tokens end
+            )), b.limit_id
+        from budgets(p_workspace_id, p_scope_ids, p_now, p_guard, p_burst_s, p_paced_since) b
+        where b.paced_requests < 1
+            or least(b.paced_tokens, b.paced_input_tokens, b.paced_output_tokens) <= 0
+        union all
+        select p_now, null
+    ) w
+    order by w.next_at desc
+    limit 1
+$$;
+comment on function capacity_waits(
+    uuid, uuid[], bigint, bigint, timestamptz, interval, double precision, timestamptz
+) is 'When an item may be claimed as far as limits and pace go, and the limit it waits for.';

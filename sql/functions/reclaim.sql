@@ -47,12 +47,13 @@ begin
         insert into attempts (
             workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, worker_id,
             claimed_at, ended_at, error_code, error_message, reserved_limits, reserved_input_tokens,
-            reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens
+            reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
+            expected_output_tokens
         )
         select workspace_id, batch_day, batch_id, seq, attempt, 'lost', resource_id, worker_id,
             claimed_at, v_now, 'lost', 'the worker vanished; the call may have been made',
             reserved_limits, reserved_input_tokens, reserved_output_tokens, 1,
-            reserved_input_tokens, reserved_output_tokens
+            reserved_input_tokens, reserved_output_tokens, expected_output_tokens
         from held
         on conflict do nothing
     ),
@@ -85,8 +86,8 @@ begin
     from unnest(v_changed) c
     where c.becomes = 'failed'
     on conflict do nothing;
-    perform flows_change(p_workspace_id, v_changed, v_now, null);
-    perform ready_change(p_workspace_id, v_changed, null, v_now);
+    perform flows_change(p_workspace_id, v_changed, null, v_now, null);
+    perform ready_change(p_workspace_id, v_changed, null, null, v_now);
     return cardinality(v_changed);
 end
 $$;

@@ -30,7 +30,6 @@ begin
             and i.batch_day = v_day
             and i.batch_id = p_batch_id
             and i.status = 'failed'
-            and i.attempt > 0
         order by i.seq
         limit p_most
         for no key update skip locked
@@ -57,7 +56,9 @@ begin
         and r.seq = any (v_seqs);
     update items i
     set status = 'pending', ended_reason = null, ended_at = null, failures = 0, crashes = 0,
-        crashes_alone = 0, visible_at = v_now
+        crashes_alone = 0, visible_at = v_now,
+        -- An expired item was perhaps never begun; below the floor only begun ones are found.
+        attempt = greatest(i.attempt, 1)
     where i.workspace_id = p_workspace_id
         and i.batch_day = v_day
         and i.batch_id = p_batch_id

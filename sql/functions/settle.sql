@@ -13,13 +13,22 @@
 -- again, that newer call is noted as lost until it reports: it has no running item any more to account for
 -- what it reserved.
 --
+-- What a refused call is charged: its request, which providers count all the same, and no tokens.
+--
+-- p_observed: what replies stated of the provider's limits (observe_limits); p_rest_s: how long a model rests that
+-- refused calls without saying how long, doubled with every refusal in a row up to p_rest_most_s.
+--
 -- Lock order: items (SKIP LOCKED, in key order; those skipped are returned as not settled and come again with
--- the next flush) → ledger slots → flows → batches → resource_states → ready. It takes no scope mutex: an admission beside it
--- reads the reservation instead of the usage, which is the older of two true answers.
+-- the next flush) → observed limits → ledger slots → flows → batches → resource_states → scope_states → ready.
+-- It takes no scope mutex: an admission beside it reads the reservation instead of the usage, which is the older
+-- of two true answers.
+--
+-- wakes: whether it made work or capacity known to workers that had none (the caller rings).
 create or replace function settle(
-    p_workspace_id uuid, p_worker_id uuid, p_outcomes json, p_bodies text[]
+    p_workspace_id uuid, p_worker_id uuid, p_outcomes json, p_bodies text[], p_observed json,
+    p_rest_s double precision, p_rest_most_s double precision
 )
-returns table (ord int, settled boolean, batch_id uuid, resource_id uuid, becomes text)
+returns table (ord int, settled boolean, batch_id uuid, resource_id uuid, becomes text, wakes boolean)
 language plpgsql volatile
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -32,12 +41,15 @@ as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_given given_outcome[];
+    v_given_now given_outcome[];
     v_changed settled_item[];
     v_becomes work_status[];
     v_unsettled int[];
-    v_refunds jsonb;
-    v_refunded uuid[];
+    v_differences jsonb;
+    v_freed uuid[];
     v_superseded boolean;
+    v_released uuid[];
+    v_woken uuid[];
 begin
     select array_agg(g order by g.ord) into v_given
     from json_populate_recordset(null::given_outcome, p_outcomes) g;
@@ -140,13 +152,14 @@ begin
         insert into attempts (
             workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, worker_id,
             claimed_at, ended_at, error_code, error_message, reserved_limits, reserved_input_tokens,
-            reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens
+            reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
+            expected_output_tokens
         )
         select i.workspace_id, i.batch_day, i.batch_id, i.seq, i.attempt, 'lost', i.resource_id,
             i.worker_id, i.claimed_at, v_now, 'superseded',
             'an earlier attempt was answered during this call, which has not reported',
             i.reserved_limits, i.reserved_input_tokens, i.reserved_output_tokens, 1,
-            i.reserved_input_tokens, i.reserved_output_tokens
+            i.reserved_input_tokens, i.reserved_output_tokens, i.expected_output_tokens
         from (select p_workspace_id as workspace_id, o.* from unnest(v_given) o offset 0) g
         join items i on i.workspace_id = g.workspace_id
             and i.batch_day = g.batch_day
@@ -166,15 +179,17 @@ begin
             worker_id, claimed_at, started_at, ended_at, latency_ms, status_code, error_code,
             error_message, model, provider_request_id, reserved_limits, reserved_input_tokens,
             reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
-            cached_tokens, reasoning_tokens
+            cached_tokens, reasoning_tokens, expected_output_tokens
         )
         select p_workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, connection_id,
             p_worker_id, claimed_at, started_at, coalesce(ended_at, v_now), latency_ms, status_code,
             error_code, error_message, model, request_id, limit_ids, reserved_input_tokens,
             reserved_output_tokens, (not refund)::int,
-            case when refund then 0 else coalesce(input_tokens, reserved_input_tokens) end,
-            case when refund then 0 else coalesce(output_tokens, reserved_output_tokens) end,
-            cached_tokens, reasoning_tokens
+            case when refund or outcome = 'throttled' then 0
+                else coalesce(input_tokens, reserved_input_tokens) end,
+            case when refund or outcome = 'throttled' then 0
+                else coalesce(output_tokens, reserved_output_tokens) end,
+            cached_tokens, reasoning_tokens, expected_output_tokens
         from given
         where outcome not in ('unsent', 'impossible')
         order by batch_day, batch_id, seq, attempt
@@ -192,7 +207,10 @@ begin
         returning a.resource_id, a.claimed_at, a.reserved_limits,
             a.charged_requests - 1 as requests,
             a.charged_input_tokens - a.reserved_input_tokens as input_tokens,
-            a.charged_output_tokens - a.reserved_output_tokens as output_tokens
+            a.charged_output_tokens - a.reserved_output_tokens as output_tokens,
+            case when a.outcome = 'lost' then 0
+                else a.charged_output_tokens - a.expected_output_tokens end as expected_output_tokens,
+            (a.outcome = 'throttled')::int as refused
     ),
     -- Released unsent: no call was made, so there is no row, unless reclaim wrote one that says lost.
     recalled as (
@@ -210,28 +228,33 @@ begin
             and a.attempt = g.attempt
             and a.outcome = 'lost'
         returning a.resource_id, a.claimed_at, a.reserved_limits, -1 as requests,
-            -a.reserved_input_tokens as input_tokens, -a.reserved_output_tokens as output_tokens
+            -a.reserved_input_tokens as input_tokens, -a.reserved_output_tokens as output_tokens,
+            -a.expected_output_tokens as expected_output_tokens, 0 as refused
     ),
     released as (
         select g.resource_id, g.claimed_at, g.limit_ids as reserved_limits, -1 as requests,
-            -g.reserved_input_tokens as input_tokens, -g.reserved_output_tokens as output_tokens
+            -g.reserved_input_tokens as input_tokens, -g.reserved_output_tokens as output_tokens,
+            -g.expected_output_tokens as expected_output_tokens, 0 as refused
         from given g
         where g.outcome = 'unsent' and v_becomes[g.ord] is not null
     ),
     moved as (
         select * from called union all select * from recalled union all select * from released
     )
-    select jsonb_agg(d), array_agg(distinct d.resource_id)
-        filter (where d.requests < 0 or d.input_tokens + d.output_tokens < 0)
-    into v_refunds, v_refunded
+    select jsonb_agg(d), array_agg(distinct d.limit_id)
+        filter (where d.requests < 0
+            or least(d.input_tokens, d.output_tokens, d.expected_output_tokens) < 0)
+    into v_differences, v_freed
     from (
-        select m.resource_id, l.limit_id, m.claimed_at, sum(m.requests) as requests,
-            sum(m.input_tokens) as input_tokens, sum(m.output_tokens) as output_tokens
+        select l.limit_id, m.claimed_at, sum(m.requests) as requests, sum(m.input_tokens) as input_tokens,
+            sum(m.output_tokens) as output_tokens, sum(m.expected_output_tokens) as expected_output_tokens,
+            sum(m.refused) as refused
         from moved m
         cross join unnest(m.reserved_limits) as l (limit_id)
-        group by m.resource_id, l.limit_id, m.claimed_at
+        group by l.limit_id, m.claimed_at
     ) d
-    where d.requests <> 0 or d.input_tokens <> 0 or d.output_tokens <> 0;
+    where (d.requests, d.input_tokens, d.output_tokens, d.expected_output_tokens, d.refused)
+        <> (0, 0, 0, 0, 0);
 
     -- 3. Items and results.
     perform items_change(p_workspace_id, v_changed, v_now);
@@ -246,11 +269,15 @@ begin
     where v_becomes[g.ord] in ('completed', 'failed')
     on conflict do nothing;
 
-    -- 4. The ledger, in the slots of the claims.
-    perform ledger_adjust(p_workspace_id, v_refunds);
+    -- 4. The ledger, in the slots of the claims; and what the provider counts beyond it, in the present one.
+    if p_observed is not null then
+        v_differences := coalesce(v_differences, '[]')
+            || coalesce(observe_limits(p_workspace_id, p_observed, v_now), '[]');
+    end if;
+    perform ledger_adjust(p_workspace_id, v_differences);
 
     -- 5. Flows, batches, events.
-    perform flows_change(p_workspace_id, v_changed, v_now, (
+    v_released := flows_change(p_workspace_id, v_changed, v_freed, v_now, (
         select jsonb_agg(jsonb_build_object('batch_id', g.batch_id, 'resource_id', g.resource_id,
             'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens, 'drift', g.drift))
         from (
@@ -260,7 +287,7 @@ begin
                 coalesce(sum(o.output_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
                     as output_tokens,
                 sum(case
-                    when o.outcome = 'unsent' or o.refund
+                    when o.outcome in ('unsent', 'throttled') or o.refund
                         then -greatest(o.reserved_input_tokens + o.reserved_output_tokens, 1)
                     else coalesce(o.input_tokens + o.output_tokens
                         - o.reserved_input_tokens - o.reserved_output_tokens, 0)
@@ -271,27 +298,23 @@ begin
         ) g
     ));
 
-    -- 6. A resource that the provider asked to leave alone. What came late or again says nothing of now.
-    insert into resource_states as s (workspace_id, resource_id, blocked_until, blocked_reason)
-    select p_workspace_id, g.resource_id, v_now + make_interval(secs => max(coalesce(g.wait_s, 0))),
-        max(g.error_code)
+    -- 6. What the replies teach. What came late or again says nothing of now.
+    select array_agg(g) into v_given_now
     from unnest(v_given) g
-    where g.outcome = 'throttled' and v_becomes[g.ord] is not null
-    group by g.resource_id
-    order by g.resource_id
-    on conflict (workspace_id, resource_id) do update
-    set blocked_until = excluded.blocked_until, blocked_reason = excluded.blocked_reason
-    where s.blocked_until < excluded.blocked_until;
+    where v_becomes[g.ord] is not null;
+    perform observe_outputs(p_workspace_id, v_given_now);
+    perform observe_calls(p_workspace_id, v_given_now, v_now, p_rest_s, p_rest_most_s);
 
     -- 7. What is due again, and capacity that was given back.
-    perform ready_change(p_workspace_id, v_changed, v_refunded, v_now);
+    v_woken := ready_change(p_workspace_id, v_changed, v_freed, v_released, v_now);
 
     return query
-    select g.ord, g.ord <> all (v_unsettled), g.batch_id, g.resource_id, v_becomes[g.ord]::text
+    select g.ord, g.ord <> all (v_unsettled), g.batch_id, g.resource_id, v_becomes[g.ord]::text,
+        v_woken is not null
     from unnest(v_given) g;
 end
 $$;
-comment on function settle(uuid, uuid, json, text[]) is
+comment on function settle(uuid, uuid, json, text[], json, double precision, double precision) is
     'Record the outcomes of calls. See sql/functions/settle.sql.';
 
 -- Write the new state of items whose rows the caller has locked.
@@ -312,7 +335,8 @@ as $$
         claimed_at = null,
         reserved_limits = null,
         reserved_input_tokens = null,
-        reserved_output_tokens = null
+        reserved_output_tokens = null,
+        expected_output_tokens = null
     from unnest(p_changed) c
     where i.workspace_id = c.workspace_id
         and i.batch_day = c.batch_day
@@ -322,7 +346,8 @@ $$;
 comment on function items_change(uuid, settled_item[], timestamptz) is
     'Write the new state of locked items.';
 
--- Add differences to ledger slots: locked first, in key order, because two settlings share slots.
+-- Add differences to ledger slots: locked first, in key order, because two settlings share slots. A slot that
+-- is not there was forgotten long ago; but what the provider counts beyond ours may need a new one.
 create or replace function ledger_adjust(p_workspace_id uuid, p_differences jsonb) returns void
 language plpgsql volatile
 as $$
@@ -330,18 +355,34 @@ begin
     if p_differences is null then
         return;
     end if;
+    insert into ledger (workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens)
+    select l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at), 0, 0, 0
+    from jsonb_to_recordset(p_differences) as d (
+        limit_id uuid, claimed_at timestamptz, outside_requests bigint
+    )
+    join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
+    where d.outside_requests is not null
+    order by l.limit_id
+    on conflict do nothing;
     with difference as (
-        select l.limit_id, slot_of(l.period, d.claimed_at) as slot_at, sum(d.requests) as requests,
-            sum(d.input_tokens) as input_tokens, sum(d.output_tokens) as output_tokens
+        select l.limit_id, slot_of(l.period, l.sliding, d.claimed_at) as slot_at,
+            sum(d.requests) as requests, sum(d.input_tokens) as input_tokens,
+            sum(d.output_tokens) as output_tokens, sum(d.expected_output_tokens) as expected_output_tokens,
+            sum(d.refused) as refused, coalesce(sum(d.outside_requests), 0) as outside_requests,
+            coalesce(sum(d.outside_input_tokens), 0) as outside_input_tokens,
+            coalesce(sum(d.outside_output_tokens), 0) as outside_output_tokens
         from jsonb_to_recordset(p_differences) as d (
             limit_id uuid, claimed_at timestamptz, requests bigint, input_tokens bigint,
-            output_tokens bigint
+            output_tokens bigint, expected_output_tokens bigint, refused bigint, outside_requests bigint,
+            outside_input_tokens bigint, outside_output_tokens bigint
         )
         join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
-        group by l.limit_id, slot_of(l.period, d.claimed_at)
+        group by l.limit_id, slot_of(l.period, l.sliding, d.claimed_at)
     ),
     held as materialized (
-        select g.limit_id, g.slot_at, d.requests, d.input_tokens, d.output_tokens
+        select g.limit_id, g.slot_at, d.requests, d.input_tokens, d.output_tokens,
+            d.expected_output_tokens, d.refused, d.outside_requests, d.outside_input_tokens,
+            d.outside_output_tokens
         from ledger g
         join difference d on d.limit_id = g.limit_id and d.slot_at = g.slot_at
         where g.workspace_id = p_workspace_id
@@ -349,9 +390,14 @@ begin
         for no key update of g
     )
     update ledger g
-    set requests = g.requests + h.requests,
-        input_tokens = g.input_tokens + h.input_tokens,
-        output_tokens = g.output_tokens + h.output_tokens
+    set requests = g.requests + coalesce(h.requests, 0),
+        input_tokens = g.input_tokens + coalesce(h.input_tokens, 0),
+        output_tokens = g.output_tokens + coalesce(h.output_tokens, 0),
+        expected_output_tokens = g.expected_output_tokens + coalesce(h.expected_output_tokens, 0),
+        refused = g.refused + coalesce(h.refused, 0),
+        outside_requests = g.outside_requests + h.outside_requests,
+        outside_input_tokens = g.outside_input_tokens + h.outside_input_tokens,
+        outside_output_tokens = g.outside_output_tokens + h.outside_output_tokens
     from held h
     where g.workspace_id = p_workspace_id and g.limit_id = h.limit_id and g.slot_at = h.slot_at;
 end
@@ -360,20 +406,45 @@ comment on function ledger_adjust(uuid, jsonb) is 'Add differences to ledger slo
 
 -- Move the counters of flows, write the events, end the batches.
 -- p_usage: per flow the tokens of answered items, and drift, what settling corrected virtual time by.
+-- p_freed: limits that have room again; flows that waited for one are looked at again. Returns the resources of
+-- all flows that do not wait any more.
 --
 -- A flow that was cancelled meanwhile turns every return to pending into cancelled; the rows say pending
 -- until cancel_chunk has marked them (unmarked counts those).
 create or replace function flows_change(
-    p_workspace_id uuid, p_changed settled_item[], p_now timestamptz, p_usage jsonb
+    p_workspace_id uuid, p_changed settled_item[], p_freed uuid[], p_now timestamptz, p_usage jsonb
 )
-returns void
+returns uuid[]
 language plpgsql volatile
 as $$
 declare
     v_flow record;
     v_held record;
     v_batch record;
+    v_released uuid[];
 begin
+    if exists (
+        select from flows f
+        where f.workspace_id = p_workspace_id and f.is_open and f.waits_for = any (p_freed)
+    ) then
+        -- All rows in one order, those changed below included.
+        perform 1
+        from flows f
+        where f.workspace_id = p_workspace_id
+            and (
+                f.is_open and f.waits_for = any (p_freed)
+                or (f.batch_id, f.resource_id) in (select c.batch_id, c.resource_id from unnest(p_changed) c)
+            )
+        order by f.batch_id, f.resource_id
+        for no key update;
+        with released as (
+            update flows f
+            set waits_until = '-infinity', waits_for = null
+            where f.workspace_id = p_workspace_id and f.is_open and f.waits_for = any (p_freed)
+            returning f.resource_id
+        )
+        select array_agg(resource_id) into v_released from released;
+    end if;
     for v_flow in
         select c.batch_id, c.resource_id, min(c.batch_day) as batch_day,
             count(*) filter (where c.was = 'running')::int as left_running,
@@ -394,7 +465,7 @@ begin
         group by c.batch_id, c.resource_id
         order by c.batch_id, c.resource_id
     loop
-        select f.is_cancelled, f.pending, f.virtual_time into strict v_held
+        select f.is_cancelled, f.pending, f.virtual_time, f.waits_for into strict v_held
         from flows f
         where f.workspace_id = p_workspace_id
             and f.batch_id = v_flow.batch_id
@@ -421,6 +492,9 @@ begin
             output_tokens = f.output_tokens + coalesce(v_flow.output_tokens, 0),
             virtual_time = greatest(
                 v_held.virtual_time + coalesce(v_flow.drift, 0) / f.weight, 0),
+            -- A limit of its own may have room now.
+            waits_until = '-infinity',
+            waits_for = null,
             is_open = f.total > f.completed + f.failed + f.cancelled
                 + v_flow.to_completed + v_flow.to_failed
                 + case when f.is_cancelled then v_flow.to_pending - v_flow.left_pending else 0 end
@@ -429,6 +503,9 @@ begin
         where f.workspace_id = p_workspace_id
             and f.batch_id = v_flow.batch_id
             and f.resource_id = v_flow.resource_id;
+        if v_held.waits_for is not null then
+            v_released := v_released || v_flow.resource_id;
+        end if;
     end loop;
 
     for v_batch in
@@ -459,31 +536,41 @@ begin
         end if;
         perform batch_finish(p_workspace_id, v_batch.batch_day, v_batch.batch_id, p_now);
     end loop;
+    return v_released;
 end
 $$;
-comment on function flows_change(uuid, settled_item[], timestamptz, jsonb) is
+comment on function flows_change(uuid, settled_item[], uuid[], timestamptz, jsonb) is
     'Counters, events and ends that follow from items'' transitions.';
 
--- Make known when resources have work again, and at once where capacity was given back to waiting work.
--- Every row is locked before it is looked at: a claim beside us may be about to say that nothing waits, having
--- seen neither our items nor our refund. The last locks of a transaction, all in one order.
+-- Make known when resources have work again, and at once where what they wait for is there again: a limit with
+-- room (p_freed), a flow that waits no more
+-- (p_released), or a call less in flight. Every row is locked before it is looked at: a claim beside us may be about
+-- to say that nothing waits, having seen neither our items nor our refund. That may be a claim of any resource which
+-- shares a connection with ours. The last locks of a transaction, all in one order. Returns whom it woke.
 create or replace function ready_change(
-    p_workspace_id uuid, p_changed settled_item[], p_refunded uuid[], p_now timestamptz
+    p_workspace_id uuid, p_changed settled_item[], p_freed uuid[], p_released uuid[], p_now timestamptz
 )
-returns void
+returns uuid[]
 language plpgsql volatile
 as $$
 declare
     v_due record;
+    v_woken uuid[];
 begin
     for v_due in
-        select d.resource_id, min(d.due_at) as due_at, bool_or(d.refunded) as refunded
+        select d.resource_id, min(d.due_at) as due_at
         from (
-            select c.resource_id, c.visible_at as due_at, false as refunded
-            from unnest(p_changed) c
-            where c.becomes = 'pending'
+            select o.resource_id,
+                case when o.resource_id = c.resource_id then c.due_at end as due_at
+            from (
+                select c.resource_id, min(c.visible_at) filter (where c.becomes = 'pending') as due_at
+                from unnest(p_changed) c
+                group by c.resource_id
+            ) c
+            join resources r on r.workspace_id = p_workspace_id and r.resource_id = c.resource_id
+            join resources o on o.workspace_id = r.workspace_id and o.connection_id = r.connection_id
             union all
-            select r, null, true from unnest(p_refunded) r
+            select r, p_now from unnest(p_released) r
         ) d
         group by d.resource_id
         order by d.resource_id
@@ -492,16 +579,24 @@ begin
         where r.workspace_id = p_workspace_id and r.resource_id = v_due.resource_id
         for no key update;
         update ready r
-        set next_at = least(
-            v_due.due_at, case when v_due.refunded and r.next_at < 'infinity' then p_now end)
+        set next_at = least(v_due.due_at, case when wakes then p_now end), reason = null, waits_for = null
+        from (
+            select o.resource_id,
+                o.waits_for = any (p_freed) or o.reason = 'concurrency' as wakes
+            from ready o
+            where o.workspace_id = p_workspace_id and o.resource_id = v_due.resource_id
+        ) w
         where r.workspace_id = p_workspace_id
-            and r.resource_id = v_due.resource_id
-            and r.next_at > least(
-                v_due.due_at, case when v_due.refunded and r.next_at < 'infinity' then p_now end);
+            and r.resource_id = w.resource_id
+            and r.next_at > least(v_due.due_at, case when wakes then p_now end);
+        if found then
+            v_woken := v_woken || v_due.resource_id;
+        end if;
     end loop;
+    return v_woken;
 end
 $$;
-comment on function ready_change(uuid, settled_item[], uuid[], timestamptz) is
+comment on function ready_change(uuid, settled_item[], uuid[], uuid[], timestamptz) is
     'Make known when resources have work or capacity again.';
 
 -- The virtual time at which a flow of a resource (re-)enters: that of the one served next, or else of the one

@@ -4,22 +4,23 @@
 -- Store a batch; its items are already there, in the same transaction.
 insert into batches (
     workspace_id, batch_id, environment_id, batch_day, type, endpoint, name, metadata, capacity,
-    callback_options, priority, total_items, estimated_input_tokens, idempotency_key, request_hash,
-    created_by_api_key_id, created_at
+    callback_options, priority, weight, expires_at, source_ip, total_items, estimated_input_tokens,
+    idempotency_key, request_hash, created_by_api_key_id, created_at
 )
 values (
     %(workspace_id)s, %(batch_id)s, %(environment_id)s, %(batch_day)s, %(type)s, %(endpoint)s, %(name)s,
-    %(metadata)s, %(capacity)s, %(callback_options)s, %(priority)s, %(total_items)s,
-    %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s, clock()
+    %(metadata)s, %(capacity)s, %(callback_options)s, %(priority)s, %(weight)s, %(expires_at)s, %(source_ip)s,
+    %(total_items)s, %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s, clock()
 );
 
 -- name: flows_insert
 -- Store a batch's flows. A new flow enters at the virtual time of the flow served next.
 insert into flows (
-    workspace_id, batch_id, resource_id, batch_day, priority, virtual_time, total, unstarted, pending
+    workspace_id, batch_id, resource_id, batch_day, priority, weight, expires_at, scope_ids, virtual_time,
+    total, unstarted, pending
 )
-select %(workspace_id)s, %(batch_id)s, g.resource_id, %(batch_day)s, %(priority)s,
-    flow_entry(%(workspace_id)s, g.resource_id), g.items, g.items, g.items
+select %(workspace_id)s, %(batch_id)s, g.resource_id, %(batch_day)s, %(priority)s, %(weight)s, %(expires_at)s,
+    %(scope_ids)s, flow_entry(%(workspace_id)s, g.resource_id), g.items, g.items, g.items
 from unnest(%(resource_ids)s::uuid[], %(items)s::int[]) as g (resource_id, items)
 order by g.resource_id;
 
@@ -30,7 +31,7 @@ select %(workspace_id)s, g.resource_id, clock_timestamp()
 from unnest(%(resource_ids)s::uuid[]) as g (resource_id)
 order by g.resource_id
 on conflict (workspace_id, resource_id) do update
-set next_at = excluded.next_at
+set next_at = excluded.next_at, reason = null, waits_for = null
 where r.next_at > excluded.next_at;
 
 -- name: event_append
@@ -43,8 +44,8 @@ select event_append(
 -- One batch and the sum of its flows.
 select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
     b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
-    b.total_items, b.estimated_input_tokens, b.idempotency_key, b.request_hash, b.created_by_api_key_id,
-    b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
+    b.request_hash, b.created_by_api_key_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
     f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
 from batches b
 cross join lateral (
@@ -64,8 +65,8 @@ where b.workspace_id = %(workspace_id)s
 -- Batches of an environment, newest first, below a given id.
 select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
     b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
-    b.total_items, b.estimated_input_tokens, b.idempotency_key, b.request_hash, b.created_by_api_key_id,
-    b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
+    b.request_hash, b.created_by_api_key_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
     f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
 from batches b
 cross join lateral (
@@ -129,6 +130,26 @@ with held as (
 update flows f
 set is_paused = false,
     virtual_time = greatest(f.virtual_time, flow_entry(f.workspace_id, f.resource_id))
+from held h
+where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
+
+-- name: batch_change
+-- Change what steers a running batch. Its row is locked after its flows: see flows_steer.
+update batches
+set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s, capacity = %(capacity)s
+where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s;
+
+-- name: flows_steer
+-- The same for its flows, locked in order; effective at the next claim.
+with held as (
+    select f.workspace_id, f.batch_id, f.resource_id
+    from flows f
+    where f.workspace_id = %(workspace_id)s and f.batch_id = %(batch_id)s
+    order by f.resource_id
+    for no key update
+)
+update flows f
+set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s
 from held h
 where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
 

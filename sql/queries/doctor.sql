@@ -63,19 +63,10 @@ where r.next_at > clock_timestamp() + interval '30 seconds'
             and not f.is_cancelled
             and f.pending > 0
     )
-    and coalesce(work_due(r.workspace_id, r.resource_id, clock_timestamp()), 'infinity') <= clock_timestamp()
-    and not exists (
-        select from limits l
-        join resources s on s.workspace_id = l.workspace_id
-            and s.resource_id = r.resource_id
-            and l.scope_id in (s.resource_id, s.connection_id)
-        where l.workspace_id = r.workspace_id
-    )
-    and not exists (
-        select from resource_states b
-        where b.workspace_id = r.workspace_id
-            and b.resource_id = r.resource_id
-            and b.blocked_until > clock_timestamp()
+    and r.reason is null
+    and exists (
+        select from work_due(r.workspace_id, r.resource_id, clock_timestamp()) w
+        where w.due_at <= clock_timestamp()
     );
 
 -- name: counters_off
@@ -107,48 +98,48 @@ order by f.workspace_id, f.batch_id, f.resource_id;
 
 -- name: ledger_off
 -- Slots of the ledger that differ from the recount of design §9: what stays charged of the attempts that ended,
--- and the reservations of the calls in flight, in the slot of their claim. Slots of minutes and hours only as
--- far back as they are kept.
+-- and the reservations of the calls in flight, in the slot of their claim. Only as far back as slots are kept.
 with charges as (
     select a.workspace_id, unnest(a.reserved_limits) as limit_id, a.claimed_at, a.charged_requests as requests,
-        a.charged_input_tokens as input_tokens, a.charged_output_tokens as output_tokens
+        a.charged_input_tokens as input_tokens, a.charged_output_tokens as output_tokens,
+        case when a.outcome = 'lost' then a.expected_output_tokens else a.charged_output_tokens end
+            as expected_output_tokens,
+        (a.outcome = 'throttled')::int as refused
     from attempts a
     union all
     select i.workspace_id, unnest(i.reserved_limits), i.claimed_at, 1, i.reserved_input_tokens,
-        i.reserved_output_tokens
+        i.reserved_output_tokens, i.expected_output_tokens, 0
     from items i
     where i.status = 'running'
 ),
 recount as (
-    select c.workspace_id, c.limit_id, slot_of(l.period, c.claimed_at) as slot_at, sum(c.requests) as requests,
-        sum(c.input_tokens) as input_tokens, sum(c.output_tokens) as output_tokens
+    select c.workspace_id, c.limit_id, slot_of(l.period, l.sliding, c.claimed_at) as slot_at,
+        array[sum(c.requests), sum(c.input_tokens), sum(c.output_tokens), sum(c.expected_output_tokens),
+            sum(c.refused)]::bigint[] as amounts
     from charges c
     join limits l on l.workspace_id = c.workspace_id and l.limit_id = c.limit_id
-    group by c.workspace_id, c.limit_id, slot_of(l.period, c.claimed_at)
+    group by c.workspace_id, c.limit_id, slot_of(l.period, l.sliding, c.claimed_at)
 ),
 held as (
-    select g.workspace_id, g.limit_id, g.slot_at, g.requests, g.input_tokens, g.output_tokens
+    select g.workspace_id, g.limit_id, g.slot_at,
+        array[g.requests, g.input_tokens, g.output_tokens, g.expected_output_tokens, g.refused] as amounts
     from ledger g
     join limits l on l.workspace_id = g.workspace_id and l.limit_id = g.limit_id
 ),
 compared as (
-    select workspace_id, limit_id, slot_at, coalesce(h.requests, 0) as requests,
-        coalesce(h.input_tokens, 0) as input_tokens, coalesce(h.output_tokens, 0) as output_tokens,
-        coalesce(r.requests, 0) as true_requests, coalesce(r.input_tokens, 0) as true_input_tokens,
-        coalesce(r.output_tokens, 0) as true_output_tokens
+    select workspace_id, limit_id, slot_at, coalesce(h.amounts, '{0,0,0,0,0}') as amounts,
+        coalesce(r.amounts, '{0,0,0,0,0}') as true_amounts
     from held h
     full join recount r using (workspace_id, limit_id, slot_at)
 )
-select c.workspace_id, c.limit_id, c.slot_at, c.requests::bigint as requests,
-    c.true_requests::bigint as true_requests, (c.input_tokens + c.output_tokens)::bigint as tokens,
-    (c.true_input_tokens + c.true_output_tokens)::bigint as true_tokens
+select c.workspace_id, c.limit_id, c.slot_at, c.amounts[1] as requests, c.true_amounts[1] as true_requests,
+    c.amounts[2] + c.amounts[3] as tokens, c.true_amounts[2] + c.true_amounts[3] as true_tokens
 from compared c
 join limits l on l.workspace_id = c.workspace_id and l.limit_id = c.limit_id
-where (c.requests, c.input_tokens, c.output_tokens)
-        <> (c.true_requests, c.true_input_tokens, c.true_output_tokens)
-    and (
-        l.period not in ('minute', 'hour')
-        or c.slot_at > clock_timestamp() - make_interval(hours => %(keep_hours)s) + interval '1 hour'
+where c.amounts <> c.true_amounts
+    and c.slot_at > least(
+        counts_after(l.period, l.sliding, clock_timestamp(), interval '0'),
+        clock_timestamp() - make_interval(hours => %(keep_hours)s) + interval '1 hour'
     )
 order by c.workspace_id, c.limit_id, c.slot_at;
 

@@ -11,25 +11,30 @@ limit %(most)s;
 
 -- name: item_claim
 -- Take items of one resource within its limits. The last row has no seq: it reports.
-select batch_day, batch_id, seq, attempt, failures, max_attempts, input_tokens, output_tokens, impossible,
-    endpoint, body, claimed_at, limit_ids, busy, isolated, next_at, waits_for, config_at
+select batch_day, batch_id, seq, attempt, failures, max_attempts, input_tokens, output_tokens,
+    expected_output_tokens, impossible, endpoint, body, claimed_at, limit_ids, busy, isolated, next_at,
+    reason::text as reason, waits_for, config_at
 from claim(
     %(workspace_id)s, %(resource_id)s, %(worker_id)s, %(want)s, %(alone)s,
-    make_interval(secs => %(guard_s)s), make_interval(secs => %(grace_s)s), %(burst_s)s::double precision
+    make_interval(secs => %(guard_s)s), make_interval(secs => %(grace_s)s), %(burst_s)s::double precision,
+    %(slow_start)s
 );
 
 -- name: items_held_by
 -- What a worker holds. Reads the small index of running items; locks nothing.
 select workspace_id, resource_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
     reserved_input_tokens as input_tokens, reserved_output_tokens as output_tokens, claimed_at,
-    reserved_limits as limit_ids
+    expected_output_tokens, reserved_limits as limit_ids
 from items
 where status = 'running' and worker_id = %(worker_id)s;
 
 -- name: item_settle
 -- Record outcomes: a JSON array of facts and, by position, the provider's bodies.
-select ord, settled, batch_id, resource_id, becomes
-from settle(%(workspace_id)s, %(worker_id)s, %(outcomes)s::json, %(bodies)b::text[]);
+select ord, settled, batch_id, resource_id, becomes, wakes
+from settle(
+    %(workspace_id)s, %(worker_id)s, %(outcomes)s::json, %(bodies)b::text[], %(observed)s::json,
+    %(rest_s)s::double precision, %(rest_most_s)s::double precision
+);
 
 -- name: items_lapsed
 -- Running items whose worker is dead or whose lease has passed, for reclaim. Silence counts only since the
@@ -73,6 +78,18 @@ select cancel(%(workspace_id)s, %(batch_id)s) as status;
 -- Mark some rows of a cancelled batch; how many.
 select cancel_chunk(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(most)s) as marked;
 
+-- name: flows_expired
+-- Flows whose deadline has passed while items still wait. Reads the index of deadlines; locks nothing.
+select workspace_id, batch_day, batch_id, resource_id
+from flows
+where is_open and expires_at <= clock_timestamp() and not is_cancelled and pending > 0
+order by expires_at
+limit %(most)s;
+
+-- name: flow_expire
+-- End some items of a flow whose deadline has passed; how many.
+select expire(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(resource_id)s, %(most)s) as expired;
+
 -- name: batches_unmarked
 -- Cancelled batches whose rows do not say so yet. Reads the index of open flows; locks nothing.
 select distinct workspace_id, batch_day, batch_id
@@ -88,6 +105,7 @@ with behind as (
     select r.workspace_id, r.resource_id
     from ready r
     where r.next_at = 'infinity'
+        and r.reason is null
         and exists (
             select from flows f
             where f.workspace_id = r.workspace_id
@@ -97,8 +115,10 @@ with behind as (
                 and not f.is_cancelled
                 and f.pending > 0
         )
-        and coalesce(work_due(r.workspace_id, r.resource_id, clock_timestamp()), 'infinity')
-            <= clock_timestamp()
+        and exists (
+            select from work_due(r.workspace_id, r.resource_id, clock_timestamp()) w
+            where w.due_at <= clock_timestamp()
+        )
     order by r.workspace_id, r.resource_id
     for no key update of r skip locked
 )
@@ -182,7 +202,7 @@ where g.slot_at < clock_timestamp() - make_interval(hours => %(keep_hours)s)
         select from limits l
         where l.workspace_id = g.workspace_id
             and l.limit_id = g.limit_id
-            and l.period not in ('minute', 'hour')
+            and g.slot_at > counts_after(l.period, l.sliding, clock_timestamp(), interval '1 hour')
     );
 
 -- name: partitions_ensure

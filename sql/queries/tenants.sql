@@ -88,17 +88,17 @@ returning api_key_id;
 -- A new account at a provider.
 insert into connections (
     workspace_id, connection_id, environment_id, name, description, provider, base_url, secret_key_id, secret,
-    headers, allowed_models, capacity, timeout_ms
+    headers, allowed_models, capacity, timeout_ms, concurrency
 )
 values (
     %(workspace_id)s, %(connection_id)s, %(environment_id)s, %(name)s, %(description)s, %(provider)s,
-    %(base_url)s, %(secret_key_id)s, %(secret)s, %(headers)s, %(allowed_models)s, %(capacity)s, %(timeout_ms)s
+    %(base_url)s, %(secret_key_id)s, %(secret)s, %(headers)s, %(allowed_models)s, %(capacity)s, %(timeout_ms)s, %(concurrency)s
 );
 
 -- name: connection_get
 -- One connection by id.
 select workspace_id, connection_id, environment_id, name, description, provider, base_url, secret_key_id,
-    secret, headers, allowed_models, capacity, timeout_ms, created_at, updated_at
+    secret, headers, allowed_models, capacity, timeout_ms, concurrency, created_at, updated_at
 from connections
 where workspace_id = %(workspace_id)s
     and environment_id = %(environment_id)s
@@ -107,7 +107,7 @@ where workspace_id = %(workspace_id)s
 -- name: connection_named
 -- One connection by name.
 select workspace_id, connection_id, environment_id, name, description, provider, base_url, secret_key_id,
-    secret, headers, allowed_models, capacity, timeout_ms, created_at, updated_at
+    secret, headers, allowed_models, capacity, timeout_ms, concurrency, created_at, updated_at
 from connections
 where workspace_id = %(workspace_id)s and environment_id = %(environment_id)s and name = %(name)s;
 
@@ -121,11 +121,12 @@ where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s;
 -- A new model on a connection.
 insert into resources (
     workspace_id, resource_id, environment_id, connection_id, name, description, model, default_args, capacity,
-    enforce_capacity, timeout_ms
+    enforce_capacity, timeout_ms, concurrency, model_scope_id
 )
 values (
     %(workspace_id)s, %(resource_id)s, %(environment_id)s, %(connection_id)s, %(name)s, %(description)s,
-    %(model)s, %(default_args)s, %(capacity)s, %(enforce_capacity)s, %(timeout_ms)s
+    %(model)s, %(default_args)s, %(capacity)s, %(enforce_capacity)s, %(timeout_ms)s, %(concurrency)s,
+    %(model_scope_id)s
 );
 
 -- name: resource_set_timeout
@@ -140,13 +141,34 @@ where workspace_id = %(workspace_id)s
 -- What will be learned about a resource.
 insert into resource_states (workspace_id, resource_id) values (%(workspace_id)s, %(resource_id)s);
 
+-- name: scope_state_insert
+-- What will be learned about a connection, or a model on it.
+insert into scope_states (workspace_id, scope_id) values (%(workspace_id)s, %(scope_id)s)
+on conflict do nothing;
+
+-- name: model_scope
+-- The scope of a model that resources of a connection name already.
+select model_scope_id
+from resources
+where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s and model = %(model)s
+limit 1;
+
+-- name: connection_lock
+-- One resource at a time is made on a connection, so that those of one model find each other.
+select 1 as locked
+from connections
+where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s
+for no key update;
+
 -- name: resource_get
 -- One resource by id, with its connection's name and the smallest token limit that its items must fit.
 select r.workspace_id, r.resource_id, r.environment_id, r.connection_id, r.name, r.description, r.model,
-    r.default_args, r.capacity, r.enforce_capacity, r.timeout_ms, r.created_at, r.updated_at,
+    r.default_args, r.capacity, r.enforce_capacity, r.timeout_ms, r.concurrency, r.created_at, r.updated_at,
     c.provider, (
-        select min(l.tokens) from limits l
-        where l.workspace_id = r.workspace_id and l.scope_id in (r.resource_id, r.connection_id)
+        select least(min(l.tokens), min(l.input_tokens))
+        from limits_in_force(
+            r.workspace_id, array[r.resource_id, r.connection_id, r.model_scope_id], clock()
+        ) l
     ) as most_tokens
 from resources r
 join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
@@ -157,10 +179,12 @@ where r.workspace_id = %(workspace_id)s
 -- name: resource_named
 -- The same by name.
 select r.workspace_id, r.resource_id, r.environment_id, r.connection_id, r.name, r.description, r.model,
-    r.default_args, r.capacity, r.enforce_capacity, r.timeout_ms, r.created_at, r.updated_at,
+    r.default_args, r.capacity, r.enforce_capacity, r.timeout_ms, r.concurrency, r.created_at, r.updated_at,
     c.provider, (
-        select min(l.tokens) from limits l
-        where l.workspace_id = r.workspace_id and l.scope_id in (r.resource_id, r.connection_id)
+        select least(min(l.tokens), min(l.input_tokens))
+        from limits_in_force(
+            r.workspace_id, array[r.resource_id, r.connection_id, r.model_scope_id], clock()
+        ) l
     ) as most_tokens
 from resources r
 join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
@@ -177,61 +201,119 @@ where r.workspace_id = %(workspace_id)s and r.resource_id = %(resource_id)s;
 -- name: scope_insert
 -- The mutex of something that may have limits.
 insert into limit_scopes (workspace_id, scope_id, kind)
-values (%(workspace_id)s, %(scope_id)s, %(kind)s::scope_kind);
+values (%(workspace_id)s, %(scope_id)s, %(kind)s::scope_kind)
+on conflict do nothing;
 
 -- name: limit_insert
 -- A limit on a scope.
-insert into limits (workspace_id, limit_id, scope_id, period, requests, tokens)
+insert into limits (
+    workspace_id, limit_id, scope_id, period, sliding, dimension, requests, tokens, input_tokens, output_tokens
+)
 values (
-    %(workspace_id)s, %(limit_id)s, %(scope_id)s, %(period)s::limit_period, %(requests)s, %(tokens)s
+    %(workspace_id)s, %(limit_id)s, %(scope_id)s, %(period)s::limit_period, %(sliding)s, %(dimension)s,
+    %(requests)s, %(tokens)s, %(input_tokens)s, %(output_tokens)s
 );
 
+-- name: limit_observed_insert
+-- The account of all that is asked of a model, without a bound until the provider shows one.
+insert into limits (workspace_id, limit_id, scope_id, period, sliding, source)
+values (%(workspace_id)s, %(limit_id)s, %(scope_id)s, 'minute', true, 'observed');
+
 -- name: limits_of
--- The limits of scopes.
-select limit_id, scope_id, period::text as period, requests, tokens
+-- The limits that people gave scopes.
+select limit_id, scope_id, period::text as period, sliding, dimension, requests, tokens, input_tokens,
+    output_tokens
 from limits
-where workspace_id = %(workspace_id)s and scope_id = any (%(scope_ids)s::uuid[])
+where workspace_id = %(workspace_id)s
+    and scope_id = any (%(scope_ids)s::uuid[])
+    and source = 'given'
+    and parent_id is null
 order by scope_id, limit_id;
 
 -- name: limit_change
--- Change a limit's amounts; its account in the ledger stays.
+-- Change a limit's amounts, and those of the values of its dimension; the accounts in the ledger stay.
 update limits
-set requests = %(requests)s, tokens = %(tokens)s, updated_at = clock_timestamp()
-where workspace_id = %(workspace_id)s and limit_id = %(limit_id)s;
+set requests = %(requests)s, tokens = %(tokens)s, input_tokens = %(input_tokens)s,
+    output_tokens = %(output_tokens)s, updated_at = clock_timestamp()
+where workspace_id = %(workspace_id)s and %(limit_id)s::uuid in (limit_id, parent_id);
 
 -- name: limit_delete
 -- Remove a limit.
 delete from limits where workspace_id = %(workspace_id)s and limit_id = %(limit_id)s;
 
+-- name: scope_batches
+-- Batches with open flows to which a scope's limits apply: for limits with a dimension.
+select distinct f.batch_id
+from flows f
+join resources r on r.workspace_id = f.workspace_id and r.resource_id = f.resource_id
+where f.workspace_id = %(workspace_id)s
+    and f.is_open
+    and (%(scope_id)s = any (f.scope_ids) or %(scope_id)s in (r.resource_id, r.connection_id))
+order by f.batch_id;
+
+-- name: flows_attach_dimensions
+-- Give a batch's flows the scopes that count its values of dimensions.
+select flows_attach_dimensions(%(workspace_id)s, %(batch_id)s)::text as attached;
+
+-- name: flows_wake
+-- What waits for a limit of its own looks again: limits of this scope were changed. Locks in key order.
+with waiting as (
+    select f.workspace_id, f.batch_id, f.resource_id
+    from flows f
+    where f.workspace_id = %(workspace_id)s
+        and f.is_open
+        and f.waits_for is not null
+        and %(scope_id)s = any (f.scope_ids)
+    order by f.batch_id, f.resource_id
+    for no key update
+)
+update flows f
+set waits_until = '-infinity', waits_for = null
+from waiting w
+where f.workspace_id = w.workspace_id and f.batch_id = w.batch_id and f.resource_id = w.resource_id;
+
 -- name: ready_wake
--- What waits for capacity looks again: the limits of this connection or resource were changed. Locks in key order.
+-- What waits for capacity looks again: the limits of this scope were changed. Locks in key order.
 with waiting as (
     select r.workspace_id, r.resource_id
     from ready r
     join resources o on o.workspace_id = r.workspace_id and o.resource_id = r.resource_id
     where r.workspace_id = %(workspace_id)s
-        and (o.resource_id = %(scope_id)s or o.connection_id = %(scope_id)s)
-        and r.next_at < 'infinity'
+        and (
+            %(scope_id)s in (o.resource_id, o.connection_id, o.model_scope_id)
+            or exists (
+                select from flows f
+                where f.workspace_id = r.workspace_id
+                    and f.resource_id = r.resource_id
+                    and f.is_open
+                    and %(scope_id)s = any (f.scope_ids)
+            )
+        )
+        and (r.next_at < 'infinity' or r.reason is not null)
     order by r.resource_id
     for no key update of r
 )
 update ready r
-set next_at = least(r.next_at, clock_timestamp())
+set next_at = least(r.next_at, clock_timestamp()), reason = null, waits_for = null
 from waiting w
-where r.workspace_id = w.workspace_id and r.resource_id = w.resource_id;
+where r.workspace_id = w.workspace_id and r.resource_id = w.resource_id
+returning r.resource_id;
 
 -- name: limits_used
--- Each limit of some scopes and what of it counts at present.
-select l.limit_id, l.scope_id, l.period::text as period, l.requests, l.tokens, used.requests as used_requests,
-    used.tokens as used_tokens
-from limits l
+-- Each limit that binds scopes and what of it counts at present.
+select l.limit_id, l.scope_id, l.period::text as period, l.sliding, l.source::text as source, l.requests, l.tokens,
+    l.input_tokens, l.output_tokens, used.requests as used_requests, used.input_tokens as used_input_tokens,
+    used.output_tokens as used_output_tokens
+from limits_in_force(%(workspace_id)s, %(scope_ids)s::uuid[], clock_timestamp()) l
 cross join lateral (
-    select coalesce(sum(g.requests), 0)::bigint as requests,
-        coalesce(sum(g.input_tokens + g.output_tokens), 0)::bigint as tokens
+    select coalesce(sum(g.requests + g.outside_requests), 0)::bigint as requests,
+        coalesce(sum(g.input_tokens + g.outside_input_tokens), 0)::bigint as input_tokens,
+        coalesce(sum(g.output_tokens + g.outside_output_tokens), 0)::bigint as output_tokens
     from ledger g
-    where g.workspace_id = l.workspace_id
+    where g.workspace_id = %(workspace_id)s
         and g.limit_id = l.limit_id
-        and slot_frees_at(l.period, g.slot_at, make_interval(secs => %(guard_s)s)) > clock_timestamp()
+        and g.slot_at > counts_after(
+            l.period, l.sliding, clock_timestamp(), make_interval(secs => %(guard_s)s)
+        )
 ) used
-where l.workspace_id = %(workspace_id)s and l.scope_id = any (%(scope_ids)s::uuid[])
 order by l.scope_id, l.limit_id;

@@ -157,6 +157,7 @@ class Service(Server):
                 limit_ids=item.limit_ids,
                 reserved_input_tokens=item.input_tokens,
                 reserved_output_tokens=item.output_tokens,
+                expected_output_tokens=item.expected_output_tokens,
                 refund=False,
                 latency_ms=5,
                 wait_s=0.0 if outcome is Outcome.unreachable else None,

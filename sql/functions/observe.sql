@@ -1,0 +1,354 @@
+-- observe: what replies teach about a provider. Three sources, all kept per model on a connection, so that every
+-- worker and every resource of that model shares them:
+--
+-- observe_limits   what replies state of limits: stored as observed limits, which bind like given ones; and what
+--                  the provider counts beyond our own calls, which takes its place in the ledger
+-- observe_outputs  how long a resource's answers are: what claims reserve and what the pace expects
+-- observe_calls    what was refused and what was borne: rests, the ceiling of the rate, the calls at once
+--
+-- The ceiling. When calls are refused for their number, what was accepted in the minute before is the best
+-- measure of an unknown limit: exact for a window that slides, and right for a bucket once the rate is steady. So
+-- the ceiling falls to that, and to nine tenths of itself if it had fallen within ten seconds; calls claimed before
+-- the fall belong to the same refusal, and when the single call sent ahead is refused (claim) that only says that
+-- the minute is still full. Then it is raised: first by 6 % after 20 to 30 s, then by twice the share
+-- every five seconds, as long as it is really used and nothing is refused. A model that was begun less than a
+-- minute ago has no such measure yet; its ceiling doubles every two seconds. A limit that people or the provider
+-- changed since ends the guess.
+--
+-- Calls at once (additive increase, multiplicative decrease: Chiu and Jain, 1989). When a provider says that it is
+-- overloaded, the bound becomes seven tenths of the calls that were out, once per cohort, and grows by one with
+-- every round of answers that uses half of it.
+
+-- What replies stated: [{resource_id, kind, period, limit, used}].
+-- Stores the limits and returns the differences between the provider's count and ours for ledger_adjust: only
+-- upwards, since what the provider has not seen yet may still arrive.
+create or replace function observe_limits(
+    p_workspace_id uuid, p_observed json, p_now timestamptz
+)
+returns jsonb
+language plpgsql volatile
+as $$
+declare
+    v_stated record;
+    v_used record;
+    v_differences jsonb := '[]';
+begin
+    for v_stated in
+        select r.model_scope_id as scope_id, o.period,
+            max(o.most) filter (where o.kind = 'requests') as requests,
+            max(o.most) filter (where o.kind = 'tokens') as tokens,
+            max(o.most) filter (where o.kind = 'input_tokens') as input_tokens,
+            max(o.most) filter (where o.kind = 'output_tokens') as output_tokens,
+            max(o.used) filter (where o.kind = 'requests') as used_requests,
+            max(o.used) filter (where o.kind = 'tokens') as used_tokens,
+            max(o.used) filter (where o.kind = 'input_tokens') as used_input_tokens,
+            max(o.used) filter (where o.kind = 'output_tokens') as used_output_tokens
+        from (
+            select s.resource_id, s.kind, s.period, s.limit as most, s.used
+            from json_to_recordset(p_observed) as s (
+                resource_id uuid, kind text, period limit_period, "limit" bigint, used bigint
+            )
+        ) o
+        join resources r on r.workspace_id = p_workspace_id and r.resource_id = o.resource_id
+        group by r.model_scope_id, o.period
+        order by r.model_scope_id, o.period
+    loop
+        insert into limits as l (
+            workspace_id, limit_id, scope_id, period, sliding, source, requests, tokens, input_tokens,
+            output_tokens, observed_at
+        )
+        select p_workspace_id, md5(v_stated.scope_id::text || v_stated.period)::uuid, v_stated.scope_id,
+            v_stated.period, true, 'observed', v_stated.requests, v_stated.tokens, v_stated.input_tokens,
+            v_stated.output_tokens, p_now
+        where not exists (
+            select from limits k
+            where k.workspace_id = p_workspace_id
+                and k.scope_id = v_stated.scope_id
+                and k.period = v_stated.period
+                and k.source = 'observed'
+        )
+        on conflict do nothing;
+        update limits l
+        set requests = coalesce(v_stated.requests, l.requests),
+            tokens = coalesce(v_stated.tokens, l.tokens),
+            input_tokens = coalesce(v_stated.input_tokens, l.input_tokens),
+            output_tokens = coalesce(v_stated.output_tokens, l.output_tokens),
+            updated_at = case when (v_stated.requests, v_stated.tokens, v_stated.input_tokens,
+                    v_stated.output_tokens)
+                is distinct from (l.requests, l.tokens, l.input_tokens, l.output_tokens)
+                then p_now else l.updated_at end,
+            observed_at = p_now
+        where l.workspace_id = p_workspace_id
+            and l.scope_id = v_stated.scope_id
+            and l.period = v_stated.period
+            and l.source = 'observed'
+            and (
+                coalesce(l.observed_at, '-infinity') < p_now - interval '1 minute'
+                or v_stated.requests <> coalesce(l.requests, 0)
+                or v_stated.tokens <> coalesce(l.tokens, 0)
+                or v_stated.input_tokens <> coalesce(l.input_tokens, 0)
+                or v_stated.output_tokens <> coalesce(l.output_tokens, 0)
+            );
+        select l.limit_id, coalesce(sum(g.requests + g.outside_requests), 0) as requests,
+            coalesce(sum(g.input_tokens + g.outside_input_tokens), 0) as input_tokens,
+            coalesce(sum(g.output_tokens + g.outside_output_tokens), 0) as output_tokens
+        into v_used
+        from limits l
+        left join ledger g on g.workspace_id = l.workspace_id
+            and g.limit_id = l.limit_id
+            and g.slot_at > counts_after(l.period, l.sliding, p_now, interval '0')
+        where l.workspace_id = p_workspace_id
+            and l.scope_id = v_stated.scope_id
+            and l.period = v_stated.period
+            and l.source = 'observed'
+        group by l.limit_id;
+        if v_stated.used_requests > v_used.requests
+            or v_stated.used_tokens > v_used.input_tokens + v_used.output_tokens
+            or v_stated.used_input_tokens > v_used.input_tokens
+            or v_stated.used_output_tokens > v_used.output_tokens
+        then
+            v_differences := v_differences || jsonb_build_object(
+                'limit_id', v_used.limit_id, 'claimed_at', p_now,
+                'outside_requests', greatest(v_stated.used_requests - v_used.requests, 0),
+                'outside_input_tokens', greatest(
+                    v_stated.used_tokens - v_used.input_tokens - v_used.output_tokens,
+                    v_stated.used_input_tokens - v_used.input_tokens, 0),
+                'outside_output_tokens',
+                    greatest(v_stated.used_output_tokens - v_used.output_tokens, 0));
+        end if;
+    end loop;
+    return nullif(v_differences, '[]');
+end
+$$;
+comment on function observe_limits(uuid, json, timestamptz) is
+    'Store what replies stated of limits; what the provider counts beyond our ledger.';
+
+-- Keep a sample of the latest hundred outputs of each resource, and what follows from it once there are twenty.
+-- At most eight of one settlement, and of small settlements only some: the newest are no better than the others.
+create or replace function observe_outputs(p_workspace_id uuid, p_given given_outcome[]) returns void
+language plpgsql volatile
+as $$
+declare
+    v_seen record;
+    v_recent int[];
+begin
+    for v_seen in
+        select g.resource_id, (array_agg(g.output_tokens order by g.ord desc))[:8] as outputs
+        from unnest(p_given) g
+        where g.outcome = 'answered' and g.output_tokens is not null
+        group by g.resource_id
+        order by g.resource_id
+    loop
+        select s.recent_outputs into v_recent
+        from resource_states s
+        where s.workspace_id = p_workspace_id and s.resource_id = v_seen.resource_id;
+        continue when cardinality(v_recent) >= 100
+            and cardinality(v_seen.outputs) < 8
+            and random() * 8 > cardinality(v_seen.outputs);
+        update resource_states s
+        set recent_outputs = n.recent_outputs,
+            output_high = case when n.seen >= 20 then n.high end,
+            output_mean = case when n.seen >= 20 then n.mean end
+        from (
+            select array_agg(o.tokens order by o.ordinality) as recent_outputs, count(*) as seen,
+                percentile_disc(0.9) within group (order by o.tokens) as high,
+                avg(o.tokens)::double precision as mean
+            from unnest(v_seen.outputs || v_recent[:100 - cardinality(v_seen.outputs)])
+                with ordinality as o (tokens)
+        ) n
+        where s.workspace_id = p_workspace_id and s.resource_id = v_seen.resource_id;
+    end loop;
+end
+$$;
+comment on function observe_outputs(uuid, given_outcome[]) is 'Learn how long a resource''s answers are.';
+
+-- Refusals and answers. p_rest_s, p_rest_most_s: see settle.
+create or replace function observe_calls(
+    p_workspace_id uuid, p_given given_outcome[], p_now timestamptz, p_rest_s double precision,
+    p_rest_most_s double precision
+)
+returns void
+language plpgsql volatile
+as $$
+declare
+    v_seen record;
+    s scope_states;
+    v_known record;
+    v_base double precision;
+    v_accepted double precision;
+    v_window interval;
+    v_running bigint;
+    v_is_young boolean;
+    v_rest interval;
+begin
+    for v_seen in
+        select r.model_scope_id as scope_id, r.connection_id, array_agg(distinct r.resource_id) as resource_ids,
+            count(*) filter (where g.outcome = 'answered')::int as answered,
+            max(g.claimed_at) filter (where g.outcome = 'answered') as answered_at,
+            max(g.claimed_at) filter (where g.error_code = 'rate_limited') as refused_at,
+            max(g.claimed_at) filter (where g.error_code in ('overloaded', 'concurrency_limited'))
+                as overloaded_at,
+            bool_or(g.error_code = 'overloaded') as is_overloaded,
+            bool_or(g.outcome = 'throttled') as is_throttled,
+            coalesce(bool_or(g.error_code = 'insufficient_quota'), false) as is_spent,
+            max(g.wait_s) filter (where g.outcome = 'throttled') as wait_s,
+            max(g.error_code) filter (where g.outcome = 'throttled') as code
+        from (
+            select p_workspace_id as workspace_id, o.resource_id, o.outcome, o.claimed_at, o.wait_s,
+                case when o.outcome = 'throttled' then o.error_code end as error_code
+            from unnest(p_given) o
+            where o.outcome in ('answered', 'throttled')
+        ) g
+        join resources r on r.workspace_id = g.workspace_id and r.resource_id = g.resource_id
+        group by r.model_scope_id, r.connection_id
+        order by r.model_scope_id
+    loop
+        select * into s
+        from scope_states t
+        where t.workspace_id = p_workspace_id and t.scope_id = v_seen.scope_id;
+        continue when not (v_seen.is_throttled or s.is_fresh or s.refusals > 0 or s.ceiling is not null
+            or s.concurrency is not null or s.burst_share < 1);
+        select * into s
+        from scope_states t
+        where t.workspace_id = p_workspace_id and t.scope_id = v_seen.scope_id
+        for no key update;
+        v_is_young := coalesce(s.begun_at, p_now) > p_now - interval '60 seconds';
+
+        -- Limits per minute that people or the provider stated, and when they last changed.
+        select min(l.requests)::double precision as requests, max(l.updated_at) as changed_at into v_known
+        from limits l
+        where l.workspace_id = p_workspace_id
+            and l.scope_id = any (v_seen.resource_ids || v_seen.scope_id || v_seen.connection_id)
+            and l.period = 'minute'
+            and l.dimension is null
+            and l.requests is not null
+            and (l.source = 'given' or l.observed_at > p_now - interval '7 days');
+        if v_known.changed_at > s.throttled_at then
+            s.ceiling := null;
+        end if;
+
+        if v_seen.refused_at is not null then
+            v_base := least(s.ceiling, v_known.requests);
+            v_accepted := greatest(accepted_since(p_workspace_id, v_seen.scope_id,
+                p_now - interval '60 seconds'), 3);
+            if v_seen.refused_at > s.throttled_at then
+                -- Who states a limit and when to come back is believed, as long as it holds.
+                s.ceiling := greatest(least(
+                    case when v_known.requests is null or v_seen.wait_s is null then v_accepted end,
+                    v_base * case
+                        when s.refusals > 0 then 1
+                        when s.throttled_at > p_now - interval '10 seconds' then 0.9
+                        else 0.98 end), 3);
+                if v_accepted < 0.9 * v_base then
+                    -- Below the limit it was the burst, not the sum.
+                    s.burst_share := greatest(s.burst_share / 2, 0.125);
+                end if;
+                s.raise_share := case when v_is_young then 1 else 0.06 end;
+                s.raise_at := p_now + case when v_is_young then interval '2 seconds'
+                    else make_interval(secs => 20 + 10 * random()) end;
+            elsif v_known.requests is null or v_seen.wait_s is null then
+                s.ceiling := greatest(least(s.ceiling, v_accepted), 3);
+            end if;
+        end if;
+        if v_seen.overloaded_at > s.slowed_at then
+            select sum(f.running) into v_running
+            from resources r
+            join flows f on f.workspace_id = r.workspace_id and f.resource_id = r.resource_id and f.is_open
+            where r.workspace_id = p_workspace_id
+                and r.connection_id = v_seen.connection_id
+                and r.model_scope_id = v_seen.scope_id;
+            s.concurrency := greatest(
+                0.7 * least(s.concurrency, coalesce(v_running, 0) + cardinality(p_given)), 1);
+            s.slowed_at := p_now;
+        end if;
+        if v_seen.is_throttled then
+            s.is_fresh := false;
+            -- A rest that the provider named counts; else only the first refusal of a cohort makes one.
+            v_rest := make_interval(secs => coalesce(v_seen.wait_s, case
+                when greatest(v_seen.refused_at, case when v_seen.is_overloaded then v_seen.overloaded_at end)
+                    > s.throttled_at
+                then least(p_rest_s * 2 ^ least(s.refusals, 20), p_rest_most_s) * (1 + 0.1 * random())
+            end, 0));
+            s.blocked_until := greatest(s.blocked_until, p_now + v_rest);
+            s.blocked_reason := v_seen.code;
+            if greatest(v_seen.refused_at, v_seen.overloaded_at) > s.throttled_at then
+                s.throttled_at := p_now;
+                s.refusals := s.refusals + 1;
+            end if;
+        elsif v_seen.answered_at > s.throttled_at then
+            s.refusals := 0;
+            if s.is_fresh then
+                s.answered := s.answered + v_seen.answered;
+                s.is_fresh := s.answered < 5000;
+            end if;
+            if s.concurrency is not null then
+                select sum(f.running) into v_running
+                from resources r
+                join flows f on f.workspace_id = r.workspace_id
+                    and f.resource_id = r.resource_id
+                    and f.is_open
+                where r.workspace_id = p_workspace_id
+                    and r.connection_id = v_seen.connection_id
+                    and r.model_scope_id = v_seen.scope_id;
+                if coalesce(v_running, 0) + v_seen.answered >= s.concurrency / 2 then
+                    s.concurrency := s.concurrency + v_seen.answered / s.concurrency;
+                end if;
+            end if;
+            if (s.ceiling is not null or s.burst_share < 1) and p_now >= s.raise_at then
+                v_window := make_interval(secs => greatest(5, 120 / coalesce(s.ceiling, 120)));
+                if s.ceiling is null or accepted_since(p_workspace_id, v_seen.scope_id, p_now - v_window)
+                    >= 0.7 * s.ceiling * extract(epoch from v_window) / 60
+                then
+                    s.ceiling := s.ceiling * (1 + s.raise_share);
+                    s.raise_share := least(s.raise_share * 2, 1);
+                    s.burst_share := least(s.burst_share * 1.25, 1);
+                    s.raise_at := p_now + case when v_is_young then interval '2 seconds'
+                        else interval '5 seconds' end;
+                    if s.ceiling >= v_known.requests then
+                        s.ceiling := null;
+                    end if;
+                end if;
+            end if;
+        end if;
+        update scope_states t
+        set blocked_until = s.blocked_until, blocked_reason = s.blocked_reason,
+            throttled_at = s.throttled_at, refusals = s.refusals, ceiling = s.ceiling,
+            raise_at = s.raise_at, raise_share = s.raise_share, burst_share = s.burst_share,
+            is_fresh = s.is_fresh, answered = s.answered, concurrency = s.concurrency,
+            slowed_at = s.slowed_at
+        where t.workspace_id = p_workspace_id and t.scope_id = v_seen.scope_id;
+    end loop;
+    -- An account without money answers for none of its models.
+    update scope_states t
+    set blocked_until = greatest(t.blocked_until, p_now + make_interval(secs => b.wait_s)),
+        blocked_reason = 'insufficient_quota'
+    from (
+        select p_workspace_id as workspace_id, g.connection_id, max(coalesce(g.wait_s, 60)) as wait_s
+        from unnest(p_given) g
+        where g.outcome = 'throttled' and g.error_code = 'insufficient_quota'
+        group by g.connection_id
+    ) b
+    where t.workspace_id = b.workspace_id and t.scope_id = b.connection_id;
+end
+$$;
+comment on function observe_calls(
+    uuid, given_outcome[], timestamptz, double precision, double precision
+) is 'Learn from refusals and answers what a model on a connection bears.';
+
+-- Calls of a model that were claimed since a time and not refused for their number.
+create or replace function accepted_since(
+    p_workspace_id uuid, p_scope_id uuid, p_since timestamptz
+)
+returns double precision
+language sql stable
+as $$
+    select coalesce(sum(g.requests - g.refused), 0)::double precision
+    from limits l
+    join ledger g on g.workspace_id = l.workspace_id and g.limit_id = l.limit_id and g.slot_at > p_since
+    where l.workspace_id = p_workspace_id
+        and l.scope_id = p_scope_id
+        and l.source = 'observed'
+        and l.period = 'minute'
+$$;
+comment on function accepted_since(uuid, uuid, timestamptz) is
+    'Calls of a model claimed since a time and not refused.';
