@@ -133,6 +133,43 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """What steers a batch while it runs. ``capacity``: its limits as people wrote them."""
+
+    priority: int
+    weight: float
+    expires_at: datetime | None
+    capacity: list[dict[str, Any]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Load:
+    """What items ask of one resource; output tokens as they are expected."""
+
+    items: int = 0
+    input_tokens: int = 0
+    output_tokens: float = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Impossible:
+    """An item that could never be sent, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Appraisal:
+    """What a batch that is not made would ask for. ``impossible``: the first hundred."""
+
+    items: int = 0
+    loads: dict[UUID, Load] = field(default_factory=dict[UUID, Load])
+    impossible: list[Impossible] = field(default_factory=list[Impossible])
+    impossible_items: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """An item with its request and, once it ended, what came back. Texts are JSON to the letter."""
 
@@ -221,6 +258,20 @@ class _Redriven:
     redriven: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    status: Status
+    priority: int
+    weight: float
+    expires_at: datetime | None
+    capacity: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Now:
+    now: datetime
+
+
 _batch_insert = Query("batches", "batch_insert", NoRow)
 _flows_insert = Query("batches", "flows_insert", NoRow)
 _ready_now = Query("batches", "ready_now", NoRow)
@@ -232,12 +283,108 @@ _idempotency_lock = Query("batches", "idempotency_lock", _Locked)
 _batch_resources = Query("batches", "batch_resources", _ResourceId)
 _flows_pause = Query("batches", "flows_pause", NoRow)
 _flows_resume = Query("batches", "flows_resume", NoRow)
+_flows_lock = Query("batches", "flows_lock", _ResourceId)
+_batch_lock = Query("batches", "batch_lock", _Held)
+_batch_change = Query("batches", "batch_change", NoRow)
+_flows_steer = Query("batches", "flows_steer", NoRow)
+_now = Query("batches", "now", _Now)
 _batches_resources = Query("batches", "batches_resources", _Uses)
 _run_batches = Query("batches", "run_batches", RunBatch)
 _items_page = Query("items", "items_page", Item)
 _items_some = Query("items", "items_some", Item)
 _results = Query("items", "results_stream", Result)
 _redrive = Query("items", "items_redrive", _Redriven)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    """Weighs items before they are kept: what their requests ask for, and what is wrong with them."""
+
+    endpoint: str
+    resources: Mapping[UUID, Resource]
+    most_item_bytes: int
+    own_bounds: Sequence[tuple[int | None, str]]
+
+    @classmethod
+    def of(
+        cls,
+        batch: NewBatch,
+        resources: Mapping[UUID, Resource],
+        *,
+        most_item_bytes: int,
+        key_amounts: Sequence[Amount],
+    ) -> "_Scale":
+        return cls(
+            endpoint=batch.endpoint,
+            resources=resources,
+            most_item_bytes=most_item_bytes,
+            own_bounds=(
+                (capacity.most_input_tokens(batch.amounts), "the batch"),
+                (capacity.most_input_tokens(key_amounts), "the api key"),
+            ),
+        )
+
+    def weigh(self, item: NewItem) -> tokens.Estimate:
+        """An item's estimate. Raises ValueError with a sentence about what is wrong."""
+        body = parse_body(item.body, most_bytes=self.most_item_bytes)
+        resource = self.resources[item.resource_id]
+        estimate = tokens.estimate(self.endpoint, body, model=resource.model)
+        bounds = ((resource.most_tokens, f"resource '{resource.name}'"), *self.own_bounds)
+        exceeded = next((b for b in bounds if b[0] and estimate.input_tokens > b[0]), None)
+        if exceeded is not None:
+            raise ValueError(
+                f"its prompt of about {estimate.input_tokens:,} tokens alone is "
+                f"larger than the limit of {exceeded[0]:,} tokens of {exceeded[1]}; "
+                "shorten it or raise the limit"
+            )
+        return estimate
+
+
+class Appraiser:
+    """Weighs the items of a batch that is not made. ``output_means``: of resources, if known."""
+
+    #: Output tokens of an item that nothing bounds and nobody has seen an answer to.
+    UNKNOWN_OUTPUT: int = 1024
+
+    def __init__(
+        self,
+        batch: NewBatch,
+        resources: Mapping[UUID, Resource],
+        *,
+        most_item_bytes: int,
+        key_amounts: Sequence[Amount],
+        output_means: Mapping[UUID, float],
+    ) -> None:
+        self._scale = _Scale.of(
+            batch, resources, most_item_bytes=most_item_bytes, key_amounts=key_amounts
+        )
+        self._output_means = output_means
+        self.found = Appraisal()
+
+    async def add(self, items: Sequence[NewItem]) -> None:
+        """Weigh some more."""
+        await asyncio.to_thread(self._add, items)
+
+    def _add(self, items: Sequence[NewItem]) -> None:
+        found = self.found
+        for item in items:
+            index = found.items
+            found.items += 1
+            try:
+                estimate = self._scale.weigh(item)
+            except ValueError as error:
+                found.impossible_items += 1
+                if len(found.impossible) < ValidationError.MOST:
+                    found.impossible.append(Impossible(index=index, reason=str(error)))
+                continue
+            bound = estimate.max_output_tokens
+            mean = self._output_means.get(item.resource_id)
+            output = mean if mean is not None else bound if bound is not None else None
+            load = found.loads.setdefault(item.resource_id, Load())
+            load.items += 1
+            load.input_tokens += estimate.input_tokens
+            expected = self.UNKNOWN_OUTPUT if output is None else output
+            load.output_tokens += expected if bound is None else min(expected, bound)
 
 
 class Ingest:
@@ -259,12 +406,9 @@ class Ingest:
     ) -> None:
         self._conn = conn
         self._batch = batch
-        self._resources = resources
         self._most_items = min(most_items, MOST_ITEMS)
-        self._most_item_bytes = most_item_bytes
-        self._own_bounds = (
-            (capacity.most_input_tokens(batch.amounts), "the batch"),
-            (capacity.most_input_tokens(key_amounts), "the api key"),
+        self._scale = _Scale.of(
+            batch, resources, most_item_bytes=most_item_bytes, key_amounts=key_amounts
         )
         self._flows: dict[UUID, int] = {}
         self._estimated = 0
@@ -380,25 +524,10 @@ class Ingest:
         problems: list[Problem] = []
         input_tokens = 0
         for seq, item in enumerate(items, start=first_seq):
-            path = f"items[{seq}].request"
             try:
-                body = parse_body(item.body, most_bytes=self._most_item_bytes)
+                estimate = self._scale.weigh(item)
             except ValueError as error:
-                problems.append(Problem(path=path, message=str(error)))
-                continue
-            resource = self._resources[item.resource_id]
-            estimate = tokens.estimate(batch.endpoint, body, model=resource.model)
-            bounds = ((resource.most_tokens, f"resource '{resource.name}'"), *self._own_bounds)
-            exceeded = next((b for b in bounds if b[0] and estimate.input_tokens > b[0]), None)
-            if exceeded is not None:
-                problems.append(
-                    Problem(
-                        path=path,
-                        message=f"its prompt of about {estimate.input_tokens:,} tokens alone is "
-                        f"larger than the limit of {exceeded[0]:,} tokens of {exceeded[1]}; "
-                        "shorten it or raise the limit",
-                    )
-                )
+                problems.append(Problem(path=f"items[{seq}].request", message=str(error)))
                 continue
             input_tokens += estimate.input_tokens
             bound = estimate.max_output_tokens
@@ -625,6 +754,73 @@ async def resume(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> lis
     Harmless for a batch that is not paused; then it makes changed limits count at once.
     """
     await _flows_resume.run(conn, workspace_id=workspace_id, batch_id=batch_id)
+    found = sorted(await resource_ids(conn, workspace_id=workspace_id, batch_id=batch_id))
+    await _ready_now.run(conn, workspace_id=workspace_id, resource_ids=found)
+    return found
+
+
+async def clock(conn: Connection) -> datetime:
+    """The database's present."""
+    return (await _now.one(conn)).now
+
+
+async def hold(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> Steering:
+    """Lock a batch until the commit, its flows first; what steers it now.
+
+    Raises ConflictError when it has ended or was cancelled, after which nothing steers it.
+    """
+    await _flows_lock.run(conn, workspace_id=workspace_id, batch_id=batch_id)
+    held = await _batch_lock.one(conn, workspace_id=workspace_id, batch_id=batch_id)
+    if held.status in TERMINAL:
+        raise ConflictError(
+            f"Completion Batch {batch_id} has already ended: {held.status.upper()}",
+            code="BATCH_ALREADY_ENDED",
+            details={"status": held.status.upper()},
+        )
+    return Steering(
+        priority=held.priority,
+        weight=held.weight,
+        expires_at=held.expires_at,
+        capacity=held.capacity,
+    )
+
+
+async def steer(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    batch_id: UUID,
+    to: Steering,
+    amounts: Sequence[Amount] | None = None,
+) -> list[UUID]:
+    """Change what steers a batch that is held, effective at the next claim; whom to ring for.
+
+    ``amounts``: its limits from now on; what was used of limits that it keeps stays used. None: as
+    they are.
+    """
+    await _flows_steer.run(
+        conn,
+        workspace_id=workspace_id,
+        batch_id=batch_id,
+        priority=to.priority,
+        weight=to.weight,
+        expires_at=to.expires_at,
+    )
+    await _batch_change.run(
+        conn,
+        workspace_id=workspace_id,
+        batch_id=batch_id,
+        priority=to.priority,
+        weight=to.weight,
+        expires_at=to.expires_at,
+        capacity=Jsonb(to.capacity),
+    )
+    if amounts:
+        await capacity.open_scope(
+            conn, workspace_id=workspace_id, scope_id=batch_id, kind="batch", amounts=amounts
+        )
+    elif amounts is not None:
+        await capacity.set_limits(conn, workspace_id=workspace_id, scope_id=batch_id, amounts=())
     found = sorted(await resource_ids(conn, workspace_id=workspace_id, batch_id=batch_id))
     await _ready_now.run(conn, workspace_id=workspace_id, resource_ids=found)
     return found

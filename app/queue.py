@@ -30,7 +30,6 @@ import msgspec
 
 from app.db import Connection, NoRow, Query
 
-
 #: Sqlstates that say that another verb crossed this one: nothing happened, ask again.
 CROSSED = frozenset({"SLCLO", "40P01", "40001"})
 

@@ -50,7 +50,7 @@ comment on type event_kind is 'What happened; the same word is the action of an 
 
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
-    floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
+    entry double precision, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
 );
 comment on type claim_flow is 'Scratch of claim(): a flow that is eligible. Never stored.';
 
@@ -309,8 +309,9 @@ create table scope_states (
     refusals int not null default 0,
     probed_at timestamptz not null default '-infinity',
     ceiling double precision,
+    is_window boolean not null default false,
     raise_at timestamptz,
-    raise_share double precision not null default 0.06,
+    raise_share double precision not null default 0.5,
     burst_share double precision not null default 1,
     is_fresh boolean not null default true,
     answered bigint not null default 0,
@@ -334,6 +335,8 @@ comment on column scope_states.refusals is 'Cohorts of refused calls since the l
 comment on column scope_states.probed_at is 'When a single call was let out after a refusal.';
 comment on column scope_states.ceiling is
     'Requests per minute that the provider bears, as far as refusals have shown; null: none has.';
+comment on column scope_states.is_window is
+    'Whether the ceiling is the measure of a whole minute, or only of the pace.';
 comment on column scope_states.raise_at is 'When the ceiling may next be raised.';
 comment on column scope_states.raise_share is 'By which share of itself it is raised then.';
 comment on column scope_states.burst_share is 'Share of SLUICE_BURST_S in use; halved when calls below a limit are refused.';

@@ -5,7 +5,7 @@ Plain functions over the real modules and a real database; nothing of the produc
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,11 +16,11 @@ import psycopg
 
 from app import batches, capacity, events, queue, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
-from app.capacity import Amount
+from app.capacity import Amount, LimitUse
 from app.db import Connection, Database
 from app.events import Event
 from app.ids import uuid7
-from app.queue import Claim, Item, Outcome, Settled, Settlement
+from app.queue import Claim, Item, Observation, Outcome, Settled, Settlement
 from app.secrets import Keyring
 
 BODY = b'{"messages":[{"role":"user","content":"Where is my card?"}]}'
@@ -53,10 +53,14 @@ class Scene:
         tpm: int | None = None,
         connection_rpm: int | None = None,
         resources: int = 1,
+        models: Sequence[str] = (),
         base_url: str = "http://127.0.0.1:9/v1",
         pool: int = 6,
     ) -> AsyncGenerator["Scene"]:
-        """A fresh tenant in a database; limits per resource (and on the connection)."""
+        """A fresh tenant in a database; limits per resource (and on the connection).
+
+        ``models``: one resource of each, in place of ``resources`` of the same model.
+        """
         async with Database(url, size=pool) as db:
             yield await cls.make(
                 db,
@@ -64,6 +68,7 @@ class Scene:
                 tpm=tpm,
                 connection_rpm=connection_rpm,
                 resources=resources,
+                models=models,
                 base_url=base_url,
             )
 
@@ -76,6 +81,7 @@ class Scene:
         tpm: int | None = None,
         connection_rpm: int | None = None,
         resources: int = 1,
+        models: Sequence[str] = (),
         base_url: str = "http://127.0.0.1:9/v1",
     ) -> "Scene":
         keyring = Keyring(Keyring.generate())
@@ -100,10 +106,10 @@ class Scene:
                     environment_id=environment.environment_id,
                     connection_id=connection_id,
                     name=f"r{number}",
-                    model="gpt-4o-mini",
+                    model=model,
                     amounts=_amounts(rpm, tpm),
                 )
-                for number in range(resources)
+                for number, model in enumerate(models or ["gpt-4o-mini"] * resources)
             ]
             scene = cls(
                 db=db,
@@ -133,6 +139,12 @@ class Scene:
         priority: int = 0,
         max_attempts: int = 5,
         resources: Sequence[int] | None = None,
+        amounts: Sequence[Amount] = (),
+        api_key_id: UUID | None = None,
+        metadata: Mapping[str, object] | None = None,
+        source_ip: str | None = None,
+        weight: float = 1,
+        expires_in: float | None = None,
     ) -> Batch:
         """A batch of that many equal items (or of these bodies), spread over ``resources``."""
         bodies = [BODY] * items if isinstance(items, int) else list(items)
@@ -143,6 +155,12 @@ class Scene:
             type="async",
             priority=priority,
             max_attempts=max_attempts,
+            amounts=amounts,
+            created_by_api_key_id=api_key_id,
+            metadata=metadata or {},
+            source_ip=source_ip,
+            weight=weight,
+            expires_at=None if expires_in is None else await self.now(expires_in),
         )
         async with self.db.connection() as conn:
             await batches.prepare_day(conn, batch)
@@ -168,6 +186,62 @@ class Scene:
             )
             await ingest.finish()
         return await self.batch(batch.batch_id)
+
+    async def now(self, plus: float = 0) -> datetime:
+        """The database's clock, or a time so many seconds from it."""
+        return await self.value("select clock_timestamp() + make_interval(secs => %s)", plus)
+
+    async def api_key(self, *amounts: Amount) -> UUID:
+        """A key with limits; ``submit`` takes its id."""
+        async with self.db.transaction() as conn:
+            api_key_id, _ = await tenants.create_api_key(
+                conn,
+                workspace_id=self.workspace_id,
+                environment_id=self.environment_id,
+                name="k",
+                amounts=amounts,
+            )
+        return api_key_id
+
+    async def add_connection(self, *, model: str = "gpt-4o-mini") -> int:
+        """One more account at a provider with one resource; the resource's number."""
+        number = len(self.resource_ids)
+        async with self.db.transaction() as conn:
+            connection_id = await tenants.create_connection(
+                conn,
+                keyring=self.keyring,
+                workspace_id=self.workspace_id,
+                environment_id=self.environment_id,
+                name=f"c{number}",
+                provider="openai-compatible",
+                base_url="http://127.0.0.1:9/v1",
+                secret=None,
+                timeout_ms=30_000,
+            )
+        return await self.add_resource(connection_id=connection_id, model=model)
+
+    async def add_resource(self, *, connection_id: UUID | None = None, model: str) -> int:
+        """One more resource; its number."""
+        number = len(self.resource_ids)
+        async with self.db.transaction() as conn:
+            self.resource_ids.append(
+                await tenants.create_resource(
+                    conn,
+                    workspace_id=self.workspace_id,
+                    environment_id=self.environment_id,
+                    connection_id=connection_id or self.connection_id,
+                    name=f"r{number}",
+                    model=model,
+                )
+            )
+        return number
+
+    async def model_scope_id(self, resource: int = 0) -> UUID:
+        """What a resource shares with all others of its model on the connection."""
+        return await self.value(
+            "select model_scope_id from resources where resource_id = %s",
+            self.resource_ids[resource],
+        )
 
     async def batch(self, batch_id: UUID) -> Batch:
         async with self.db.connection() as conn:
@@ -225,12 +299,20 @@ class Scene:
         *,
         conn: Connection | None = None,
         used: tuple[int, int] | None = (10, 20),
+        outputs: Sequence[int] | None = None,
         wait_s: float | None = None,
         refund: bool = False,
         worker_id: UUID | None = None,
         body: str = ANSWER,
+        error_code: str | None = None,
+        observed: Sequence[Observation] = (),
+        rest_s: float = 1.0,
+        rest_most_s: float = 60.0,
     ) -> list[Settled]:
-        """Record the same outcome for these items; ``used``: input and output tokens."""
+        """Record the same outcome for these items; ``used``: input and output tokens.
+
+        ``outputs``: output tokens of each item, in place of the same ones for all.
+        """
         if conn is None:
             async with self.db.transaction() as own:
                 return await self.settle(
@@ -238,16 +320,25 @@ class Scene:
                     outcome,
                     conn=own,
                     used=used,
+                    outputs=outputs,
                     wait_s=wait_s,
                     refund=refund,
                     worker_id=worker_id,
                     body=body,
+                    error_code=error_code,
+                    observed=observed,
+                    rest_s=rest_s,
+                    rest_most_s=rest_most_s,
                 )
         answered = outcome == Outcome.answered
+        code = None if answered else error_code or _ERROR_CODES.get(outcome, outcome.value)
         return await queue.settle(
             conn,
             workspace_id=self.workspace_id,
             worker_id=worker_id or self.worker_id,
+            observed=observed,
+            rest_s=rest_s,
+            rest_most_s=rest_most_s,
             settlements=[
                 Settlement(
                     batch_day=item.batch_day,
@@ -265,12 +356,14 @@ class Scene:
                     refund=refund or outcome in {Outcome.unsent, Outcome.impossible},
                     wait_s=wait_s,
                     status_code=200 if answered else None,
-                    error_code=_ERROR_CODES.get(outcome, outcome.value) if not answered else None,
+                    error_code=code,
                     error_message=None if answered else "as the test wishes",
                     input_tokens=used[0] if answered and used else None,
-                    output_tokens=used[1] if answered and used else None,
+                    output_tokens=output if answered and used else None,
                 )
-                for item in items
+                for item, output in zip(
+                    items, outputs or [used[1] if used else None] * len(items), strict=True
+                )
             ],
             bodies=[body if answered else None for _ in items],
         )
@@ -335,6 +428,74 @@ class Scene:
             conn, workspace_id=self.workspace_id, batch_id=batch.batch_id, most=most
         )
 
+    async def expire(
+        self,
+        batch: Batch,
+        *,
+        resource: int = 0,
+        conn: Connection | None = None,
+        most: int = 2000,
+    ) -> int:
+        """End items of a batch whose deadline has passed; how many."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.expire(batch, resource=resource, conn=own, most=most)
+        return await queue.expire(
+            conn,
+            flow=queue.Expired(
+                workspace_id=self.workspace_id,
+                batch_day=batch.batch_day,
+                batch_id=batch.batch_id,
+                resource_id=self.resource_ids[resource],
+            ),
+            most=most,
+        )
+
+    async def set_deadline(
+        self, batch: Batch, seconds: float | None, *, conn: Connection | None = None
+    ) -> None:
+        """Give a batch a new deadline so many seconds from now (past: negative), or none."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                await self.set_deadline(batch, seconds, conn=own)
+            return
+        expires_at = None if seconds is None else await self.now(seconds)
+        for change in (
+            b"update flows set expires_at = %s where workspace_id = %s and batch_id = %s",
+            b"update batches set expires_at = %s where workspace_id = %s and batch_id = %s",
+        ):
+            await conn.execute(change, (expires_at, self.workspace_id, batch.batch_id))
+        await batches.resume(conn, workspace_id=self.workspace_id, batch_id=batch.batch_id)
+
+    async def set_limits(
+        self, scope_id: UUID, *amounts: Amount, conn: Connection | None = None
+    ) -> list[UUID]:
+        """What the product does to change limits, and nothing else; whom it would ring for."""
+        if conn is None:
+            async with self.db.transaction() as own:
+                return await self.set_limits(scope_id, *amounts, conn=own)
+        return await capacity.set_limits(
+            conn, workspace_id=self.workspace_id, scope_id=scope_id, amounts=amounts
+        )
+
+    async def scope_ids(self, batch: Batch, *, resource: int = 0) -> list[UUID]:
+        """Every scope whose limits an item of a batch must fit on a resource."""
+        return await self.value(
+            "select array[r.connection_id, r.model_scope_id, r.resource_id] || f.scope_ids"
+            " from flows f join resources r using (workspace_id, resource_id)"
+            " where f.workspace_id = %s and f.batch_id = %s and f.resource_id = %s",
+            self.workspace_id,
+            batch.batch_id,
+            self.resource_ids[resource],
+        )
+
+    async def used(self, *scope_ids: UUID, guard_s: float = 1) -> list[LimitUse]:
+        """The limits of scopes and what of each counts now."""
+        async with self.db.connection() as conn:
+            return await capacity.used(
+                conn, workspace_id=self.workspace_id, scope_ids=scope_ids, guard_s=guard_s
+            )
+
     async def limit(
         self,
         *,
@@ -380,16 +541,43 @@ class Scene:
         """Make all that was claimed so many seconds older, as if that time had passed."""
         for change in (
             # In two steps: in one, a slot may meet another that has not moved yet.
-            "update ledger set slot_at = slot_at - interval '3650 days' - %s * interval '1 second'"
-            " where workspace_id = %s",
+            (
+                "update ledger set slot_at = slot_at - interval '3650 days' - %s * interval '1 second'"
+                " where workspace_id = %s"
+            ),
             "update items set claimed_at = claimed_at - %s * interval '1 second' where workspace_id = %s",
             "update attempts set claimed_at = claimed_at - %s * interval '1 second' where workspace_id = %s",
+            "update flows set waits_until = waits_until - %s * interval '1 second' where workspace_id = %s",
         ):
             await self.do(change, seconds, self.workspace_id)
         await self.do(
             "update ledger set slot_at = slot_at + interval '3650 days' where workspace_id = %s",
             self.workspace_id,
         )
+        # Coarse slots do not move as a whole: they are made anew from what was claimed.
+        async with self.db.transaction() as conn:
+            await conn.execute(FORGET_COARSE_SLOTS.encode(), (self.workspace_id,))
+            await conn.execute(REMAKE_COARSE_SLOTS.encode(), (self.workspace_id,))
+
+    async def pass_time(self, seconds: int) -> None:
+        """The same, and all that is still to come is so much nearer: deadlines, rests, next tries."""
+        await self.age(seconds)
+        for change in (
+            "update flows set created_at = created_at - w, expires_at = expires_at - w",
+            "update batches set expires_at = expires_at - w",
+            "update items set visible_at = visible_at - w",
+            "update ready set next_at = next_at - w",
+            (
+                "update scope_states set blocked_until = blocked_until - w, begun_at = begun_at - w,"
+                " throttled_at = throttled_at - w, probed_at = probed_at - w, raise_at = raise_at - w,"
+                " slowed_at = slowed_at - w"
+            ),
+        ):
+            await self.do(
+                f"{change} from (select make_interval(secs => %s)) as passed (w) where workspace_id = %s",
+                seconds,
+                self.workspace_id,
+            )
 
     async def items(self, batch: Batch) -> list[batches.Item]:
         """All items of a batch, as the API reads them."""
@@ -472,8 +660,8 @@ RECOUNT_FLOWS = """
             else (f.pending, f.unstarted, f.cancelled) <> (r.pending, r.unstarted, r.cancelled) end)
 """
 
-#: Ledger slots that differ from: the reservation where an attempt is in flight, else its charge.
-RECOUNT_LEDGER = """
+#: What each limit must have in its slots: the reservation where an attempt is in flight, else its charge.
+_RECOUNT = """
     with tenant as (select %s::uuid as workspace_id),
     charged as (
         select workspace_id, limit_id, claimed_at, charged_requests as requests,
@@ -495,6 +683,12 @@ RECOUNT_LEDGER = """
         from charged c join limits l using (workspace_id, limit_id)
         group by 1, 2, 3
     )
+"""
+
+#: Ledger slots that differ from that.
+RECOUNT_LEDGER = (
+    _RECOUNT  # noqa: S608 - constants
+    + """
     select g.*, r.*
     from (
         select workspace_id, limit_id, slot_at,
@@ -505,6 +699,24 @@ RECOUNT_LEDGER = """
     full join recount r using (workspace_id, limit_id, slot_at)
     where coalesce(g.amounts, '{0,0,0,0,0}') <> coalesce(r.amounts, '{0,0,0,0,0}')
 """
+)
+
+#: Slots longer than half a second, and the same as they would be had all been claimed when it says.
+FORGET_COARSE_SLOTS = """
+    delete from ledger g using limits l
+    where g.workspace_id = %s and l.workspace_id = g.workspace_id and l.limit_id = g.limit_id
+        and l.source = 'given' and not (l.sliding and l.period = 'minute')
+"""
+REMAKE_COARSE_SLOTS = (
+    _RECOUNT  # noqa: S608 - constants
+    + """
+    insert into ledger (workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens,
+        expected_output_tokens, refused)
+    select workspace_id, limit_id, slot_at, amounts[1], amounts[2], amounts[3], amounts[4], amounts[5]
+    from recount join limits l using (workspace_id, limit_id)
+    where l.source = 'given' and not (l.sliding and l.period = 'minute')
+"""
+)
 
 #: Batches whose events have gaps or overlaps, and terminal items without exactly one final event.
 RECOUNT_EVENTS = """
@@ -542,7 +754,18 @@ LOST_WAKE_UPS = """
     where r.workspace_id = %s and b.blocked_until < clock_timestamp() and b.ceiling is null
         and not exists (
             select from limits l
-            where l.workspace_id = r.workspace_id and l.scope_id in (r.resource_id, s.connection_id)
+            where l.workspace_id = r.workspace_id
+                and (
+                    l.scope_id in (r.resource_id, s.connection_id)
+                    or l.scope_id = s.model_scope_id
+                    and coalesce(l.requests, l.tokens, l.input_tokens, l.output_tokens) is not null
+                )
+        )
+        and b.refusals = 0
+        and not exists (
+            select from scope_states c
+            where c.workspace_id = r.workspace_id and c.scope_id = s.connection_id
+                and c.blocked_until >= clock_timestamp()
         )
         and r.reason is distinct from 'concurrency'
         and r.next_at > greatest(

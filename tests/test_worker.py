@@ -259,7 +259,11 @@ async def test_a_limit_is_never_exceeded_and_waits_exactly(database: str) -> Non
             async def all_of_the_minute() -> bool:
                 return (await scene.batch(batch.batch_id)).completed == 30
 
+            async def the_rest_waits() -> bool:
+                return await scene.value("select reason::text from ready") == "capacity"
+
             await until(all_of_the_minute)
+            await until(the_rest_waits, within_s=5)
             wait = await scene.value(
                 "select extract(epoch from next_at - clock_timestamp()) from ready"
             )
@@ -287,6 +291,128 @@ async def test_a_limit_is_spent_evenly(database: str) -> None:
         await scene.check_books()
 
 
+async def test_two_workers_learn_a_limit_from_headers_and_keep_it(database: str) -> None:
+    """A provider that nobody gave limits for, and that bears only a second's share at once."""
+    async with (
+        simulator(rpm=1200, algorithm="bucket", bucket_seconds=1.5) as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+    ):
+        batch = await scene.submit(bodies(90))
+        begun = time.monotonic()
+        async with working(scene, database), working(scene, database):
+            batch = await ended(scene, batch)
+            took_s = time.monotonic() - begun
+        assert batch.completed == 90
+        report = provider.report()
+        assert int(str(report["refused"])) <= 3
+        assert report["called_twice"] == 0
+        assert await _observed_limits(scene) == [("minute", 1200, None, None, None)]
+        # What fits the bucket at once, and twenty per second from then on.
+        assert took_s > (90 - 30) / 20 - 0.5
+        assert await scene.value("select max(failures) from items") == 0
+        # Nobody else used anything.
+        assert await scene.value("select sum(outside_requests) from ledger") <= 3
+        await scene.check_books()
+
+
+async def test_two_workers_never_exceed_a_minute_that_headers_state(database: str) -> None:
+    async with (
+        simulator(rpm=40) as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+    ):
+        batch = await scene.submit(bodies(60))
+        async with (
+            working(scene, database, burst_s=60),
+            working(scene, database, burst_s=60),
+        ):
+
+            async def all_of_the_minute() -> bool:
+                return (await scene.batch(batch.batch_id)).completed == 40
+
+            async def the_rest_waits() -> bool:
+                waits = await scene.rows(
+                    "select reason::text, extract(epoch from next_at - clock_timestamp()) from ready"
+                )
+                return [(reason, 55 < wait_s < 62) for reason, wait_s in waits] == [
+                    ("capacity", True)
+                ]
+
+            await until(all_of_the_minute)
+            await until(the_rest_waits, within_s=5)
+        report = provider.report()
+        assert (report["accepted"], report["refused"]) == (40, 0)
+        await scene.check_books()
+
+
+async def test_limits_of_a_provider_in_anthropics_style_are_learned(database: str) -> None:
+    limits = {"rpm": 6000, "input_tpm": 600_000, "output_tpm": 60_000}
+    async with (
+        simulator(**limits, header_style="anthropic") as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+    ):
+        batch = await scene.submit(bodies(60))
+        async with working(scene, database), working(scene, database):
+            batch = await ended(scene, batch)
+        assert batch.completed == 60
+        assert provider.report()["refused"] == 0
+        assert await _observed_limits(scene) == [("minute", 6000, None, 600_000, 60_000)]
+        await scene.check_books()
+
+
+async def test_two_workers_find_out_how_many_calls_at_once_are_borne(database: str) -> None:
+    """It says only that there are too many, and not when to come back."""
+    async with (
+        simulator(max_in_flight=8, latency_ms=200) as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+    ):
+        batch = await scene.submit(bodies(80))
+        async with working(scene, database), working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.completed, batch.failed) == (80, 0)
+        # Of ours one or two more are out than the provider knows: until their end is recorded.
+        concurrency = await scene.value("select max(concurrency) from scope_states")
+        assert 3 < concurrency < 11
+        # The first sixteen came at once; after that one too many is how the bound is found.
+        report = provider.report()
+        assert int(str(report["refused"])) < 30
+        assert await scene.value("select max(failures) from items") == 0
+        await scene.check_books()
+
+
+async def test_both_workers_wait_as_long_as_they_are_told(database: str) -> None:
+    """Nobody calls before the time that Retry-After names; then one call goes ahead, and soon."""
+    arrivals: list[float] = []
+    async with (
+        # Five at once; the next fits three seconds later, and headers say nothing of the limit.
+        simulator(rpm=20, algorithm="bucket", bucket_seconds=15) as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+    ):
+        handle = provider.handle
+
+        def note(connection: Any, method: str, path: str, body: bytes) -> None:  # noqa: ANN401
+            arrivals.append(time.monotonic())
+            handle(connection, method, path, body)
+
+        provider.handle = note  # as its connections find it
+        provider.limit_headers = dict[str, str]
+        await scene.submit(bodies(30))
+        async with working(scene, database, burst_s=60), working(scene, database, burst_s=60):
+            await until(lambda: _refused(provider, 1))
+            await until(lambda: _has_refused_all(scene, provider))
+            burst = len(arrivals)
+
+            async def called_again() -> bool:
+                return len(arrivals) > burst
+
+            await until(called_again, within_s=8, every_s=0.01)
+            await asyncio.sleep(0.3)  # whoever would follow too soon has come by then
+        pause = arrivals[burst] - arrivals[burst - 1]
+        # Told in whole milliseconds, of a bucket that has been filling; a tenth of jitter and a look more.
+        assert 2.8 < pause < 3.3 + 0.7
+        assert len(arrivals) == burst + 1
+        await scene.check_books()
+
+
 async def test_a_reply_that_cannot_be_stored_does_not_hold_up_the_others(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +437,28 @@ async def test_a_reply_that_cannot_be_stored_does_not_hold_up_the_others(
             "select seq, error_code from item_results where error_code is not null"
         ) == [(3, "unstorable")]
         await scene.check_books()
+
+
+async def _observed_limits(scene: Scene) -> list[tuple[Any, ...]]:
+    return await scene.rows(
+        "select period::text, requests, tokens, input_tokens, output_tokens from limits"
+        " where source = 'observed'"
+    )
+
+
+async def _refused(provider: Simulator, calls: int) -> bool:
+    return int(str(provider.report()["refused"])) >= calls
+
+
+async def _has_refused_all(scene: Scene, provider: Simulator) -> bool:
+    """Whether every refusal has been recorded, and nothing is out."""
+    recorded, running = (
+        await scene.rows(
+            "select (select count(*) from attempts where outcome = 'throttled'),"
+            " (select count(*) from items where status = 'running')"
+        )
+    )[0]
+    return recorded == provider.report()["refused"] and running == 0
 
 
 async def _answered(provider: Simulator, calls: int) -> bool:

@@ -1,13 +1,14 @@
-"""``/v1/completion-batch``: create, read, list, cancel, follow."""
+"""``/v1/completion-batch``: create, estimate, read, list, steer, cancel, follow."""
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Final, cast
 from uuid import UUID
 
-from litestar import Response, Router, get, post
+import msgspec
+from litestar import Response, Router, get, patch, post
 from litestar.di import Provide
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
@@ -20,16 +21,17 @@ from litestar.openapi.spec import (
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
+from pydantic import ValidationError as PydanticError
 
-from app import batches, queue, tenants
+from app import batches, capacity, forecast, queue, tenants
 from app.api import ingest, streams, wire
 from app.api.auth import Caller, authenticate, batch_for, tenant_caller
 from app.api.context import Context, Given
 from app.api.errors import AnyRequest, ErrorBody
 from app.api.streams import View
-from app.batches import Batch, Status
+from app.batches import Batch, Status, Steering
 from app.db import CONNECTION_ERRORS, Connection
-from app.doorbell import EVENTS
+from app.doorbell import EVENTS, WORK
 from app.errors import ConflictError, NotFoundError, Problem, ValidationError
 from app.ids import item_seq
 from app.log import Log
@@ -105,6 +107,9 @@ _CREATE_EXAMPLE: Final[dict[str, object]] = {
     "name": "nightly summaries",
     "metadata": {"team": "search"},
     "priority": 0,
+    "weight": 1,
+    "completionWindow": "24h",
+    "capacity": [{"period": "minute", "requests": 100, "tokens": 50000}],
     "items": [
         {
             "resourceId": "0199d3f2-7c1e-7a52-b6a1-3f4f0c3a9d11",
@@ -124,6 +129,60 @@ _CREATE_EXAMPLE: Final[dict[str, object]] = {
 
 def _object(required: Sequence[str], **properties: Schema) -> Schema:
     return Schema(type=OpenAPIType.OBJECT, required=list(required), properties=dict(properties))
+
+
+def _entry() -> Schema:
+    """A limit in the description of a body."""
+    amount = Schema(type=OpenAPIType.INTEGER, minimum=0, description="null or 0: any number")
+    return _object(
+        ["period"],
+        period=Schema(
+            type=OpenAPIType.STRING, enum=["minute", "hour", "day", "week", "month", "lifetime"]
+        ),
+        requests=amount,
+        tokens=amount,
+        inputTokens=amount,
+        outputTokens=amount,
+        window=Schema(type=OpenAPIType.STRING, enum=["sliding", "calendar"]),
+        dimension=Schema(type=OpenAPIType.STRING, enum=["source-ip", "metadata"]),
+        dimensionField=Schema(type=OpenAPIType.STRING),
+        enabled=Schema(type=OpenAPIType.BOOLEAN),
+    )
+
+
+def _steering() -> dict[str, Schema]:
+    """What may be said at creation and changed later."""
+    return {
+        "priority": Schema(type=OpenAPIType.INTEGER, minimum=-100, maximum=100),
+        "weight": Schema(type=OpenAPIType.NUMBER, minimum=0.1, maximum=100),
+        "capacity": Schema(type=OpenAPIType.ARRAY, items=_entry()),
+        "completionWindow": Schema(
+            type=OpenAPIType.STRING, description="from 1m to 90d, such as 30m, 24h or 7d"
+        ),
+        "expiresAt": Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.DATE_TIME),
+    }
+
+
+@dataclass
+class ChangeOperation(Operation):
+    """Documents the body of a change, which is read by hand."""
+
+    def __post_init__(self) -> None:
+        body = _object([], isPaused=Schema(type=OpenAPIType.BOOLEAN), **_steering())
+        self.request_body = RequestBody(
+            required=True,
+            content={
+                "application/json": OpenAPIMediaType(
+                    schema=body,
+                    examples={
+                        "hurry": Example(
+                            summary="Let it go first, and have until tomorrow",
+                            value={"priority": 10, "completionWindow": "24h"},
+                        )
+                    },
+                )
+            },
+        )
 
 
 @dataclass
@@ -150,9 +209,9 @@ class CreateOperation(Operation):
             items=Schema(type=OpenAPIType.ARRAY, items=item, min_items=1),
             name=text,
             metadata=Schema(type=OpenAPIType.OBJECT),
-            priority=Schema(type=OpenAPIType.INTEGER, minimum=-100, maximum=100),
             maxAttempts=Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=100),
             idempotencyKey=text,
+            **_steering(),
         )
         self.request_body = RequestBody(
             required=True,
@@ -211,6 +270,25 @@ async def create(
     return Response(body, media_type="application/json", headers=headers, status_code=201)
 
 
+@post(
+    "/{workspaceId:str}/{environmentId:str}/estimate",
+    summary="Estimate a batch",
+    description="The same body as to create it; nothing of it is stored, no provider is called.",
+    status_code=200,
+    operation_class=CreateOperation,
+    request_max_body_size=None,
+    responses={
+        200: Answer(wire.EstimateBody, description="What it would ask for, and for how long"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+        413: Answer(ErrorBody, description="The request is too large"),
+    },
+)
+async def estimate(*, request: AnyRequest, context: Given, caller: Caller) -> Response[bytes]:
+    found = await ingest.estimate_batch(context, request, caller)
+    body = wire.estimate_body(found.appraisal, found.plan, expires_at=found.expires_at)
+    return Response(wire.encode(body), media_type="application/json")
+
+
 @get(
     "/{workspaceId:str}/{environmentId:str}",
     summary="List batches",
@@ -254,7 +332,8 @@ async def list_batches(
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
     summary="Read a batch",
-    description="With at most the first 1,000 items (fewer when they are large) and a cursor.",
+    description="With at most the first 1,000 items (fewer when they are large) and a cursor, "
+    "what it waits for, and when it will be done.",
     responses={200: Answer(wire.BatchBody, description="The batch")},
 )
 async def read(
@@ -290,11 +369,13 @@ async def read(
                 api_key_id=batch.created_by_api_key_id,
             )
             creator = wire.api_key_body(key) if key else None
+        outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
     body = wire.batch_body(
         batch,
         items=page,
         items_next_cursor=after,
         created_by=creator if with_users else wire.UNSET,
+        outlook=outlook,
     )
     encoded = await asyncio.to_thread(wire.encode, body) if page else wire.encode(body)
     return Response(encoded, media_type="application/json")
@@ -374,6 +455,172 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
     if not batch.is_finished:
         context.spawn(_mark(context, batch))
     return Response(wire.encode(wire.batch_body(batch)), media_type="application/json")
+
+
+@patch(
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
+    summary="Steer a batch",
+    description="What is absent stays as it is; null removes limits or the deadline. Effective at "
+    "the next claim; calls in flight are let finish.",
+    operation_class=ChangeOperation,
+    request_max_body_size=1024 * 1024,
+    responses={
+        200: Answer(wire.BatchBody, description="The batch, changed"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+        409: Answer(ErrorBody, description="It had already ended"),
+    },
+)
+async def change(
+    request: AnyRequest, context: Given, caller: Caller, batch_id: BatchId
+) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        await batch_for(conn, caller, batch_id)
+    wanted = _wanted(await request.body())
+    given = wanted.model_fields_set
+    async with context.db.transaction() as conn:
+        held = await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+        to = held
+        if wanted.sets_deadline:
+            now = await batches.clock(conn)
+            deadline = wanted.deadline(now)
+            if problems := wire.problems_of_deadline(deadline, now):
+                raise ValidationError(problems)
+            to = replace(to, expires_at=deadline)
+        if "priority" in given:
+            to = replace(to, priority=wanted.priority)
+        if "weight" in given:
+            to = replace(to, weight=wanted.weight)
+        if "capacity" in given:
+            to = replace(to, capacity=wire.capacity_entries(wanted.capacity))
+        resources = await _steer(
+            conn, key=caller, batch_id=batch_id, held=held, to=to, wanted=wanted
+        )
+    return await _changed(context, caller, batch_id, resources)
+
+
+def _wanted(body: bytes) -> wire.BatchPatch:
+    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+    try:
+        given: object = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValidationError([Problem(path="body", message="must be a JSON object")])
+    try:
+        wanted = wire.BatchPatch.model_validate(given)
+    except PydanticError as error:
+        raise ValidationError(wire.problems_of(error)) from None
+    if not wanted.model_fields_set:
+        known = "priority, weight, capacity, completionWindow, expiresAt and isPaused"
+        raise ValidationError(
+            [Problem(path="body", message=f"changes nothing; send some of {known}")]
+        )
+    return wanted
+
+
+async def _steer(
+    conn: Connection,
+    *,
+    key: ApiKey,
+    batch_id: UUID,
+    held: Steering,
+    to: Steering,
+    wanted: wire.BatchPatch,
+) -> list[UUID]:
+    resources: list[UUID] = []
+    given = wanted.model_fields_set
+    # First, while it is still out of the race: a batch that goes on enters where others are.
+    if "is_paused" in given and wanted.is_paused:
+        await batches.pause(conn, workspace_id=key.workspace_id, batch_id=batch_id)
+    if to != held or "capacity" in given:
+        resources = await batches.steer(
+            conn,
+            workspace_id=key.workspace_id,
+            batch_id=batch_id,
+            to=to,
+            amounts=wire.amounts(wanted.capacity) if "capacity" in given else None,
+        )
+    if "is_paused" in given and not wanted.is_paused:
+        resources = await batches.resume(conn, workspace_id=key.workspace_id, batch_id=batch_id)
+    return resources
+
+
+async def _changed(
+    context: Context, key: ApiKey, batch_id: UUID, resources: Sequence[UUID]
+) -> Response[bytes]:
+    """Ring for what a committed change gives workers to do; the batch as it is now."""
+    log.info("batch.changed", batch=batch_id)
+    context.ringer.ring(WORK, resources)
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, key, batch_id)
+        outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
+    return Response(
+        wire.encode(wire.batch_body(batch, outlook=outlook)), media_type="application/json"
+    )
+
+
+@post(
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/pause",
+    summary="Pause a batch",
+    description="Nothing of it is begun until it is resumed; calls in flight are let finish.",
+    status_code=200,
+    responses={
+        200: Answer(wire.BatchBody, description="The batch, paused"),
+        409: Answer(ErrorBody, description="It had already ended"),
+    },
+)
+async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        await batch_for(conn, caller, batch_id)
+    async with context.db.transaction() as conn:
+        await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+        await batches.pause(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+    return await _changed(context, caller, batch_id, [])
+
+
+@post(
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/resume",
+    summary="Resume a batch",
+    description="The opposite of pause; harmless for a batch that is not paused.",
+    status_code=200,
+    responses={
+        200: Answer(wire.BatchBody, description="The batch, going on"),
+        409: Answer(ErrorBody, description="It had already ended"),
+    },
+)
+async def resume(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        await batch_for(conn, caller, batch_id)
+    async with context.db.transaction() as conn:
+        await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+        resources = await batches.resume(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+    return await _changed(context, caller, batch_id, resources)
+
+
+@get(
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/capacity-usage",
+    summary="Where the limits of a batch stand",
+    description="Those of its connections, models, resources, API key, of itself, and of its values "
+    "of dimensions.",
+    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+)
+async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        await batch_for(conn, caller, batch_id)
+        scope_ids = await capacity.batch_scopes(
+            conn, workspace_id=caller.workspace_id, batch_id=batch_id
+        )
+        scopes = await capacity.named(
+            conn, workspace_id=caller.workspace_id, scope_ids=scope_ids, batch_id=batch_id
+        )
+        usage = await capacity.usage(
+            conn,
+            workspace_id=caller.workspace_id,
+            scope_ids=scope_ids,
+            guard_s=context.settings.guard_s,
+            with_reserved=True,
+        )
+    return Response(wire.encode(wire.capacity_usage(scopes, usage)), media_type="application/json")
 
 
 @get(
@@ -458,7 +705,20 @@ async def _mark(context: Context, batch: Batch) -> None:
 
 router = Router(
     "/v1/completion-batch",
-    route_handlers=[create, list_batches, read, list_items, read_item, cancel, follow],
+    route_handlers=[
+        create,
+        estimate,
+        list_batches,
+        read,
+        change,
+        list_items,
+        read_item,
+        cancel,
+        pause,
+        resume,
+        capacity_usage,
+        follow,
+    ],
     guards=[authenticate],
     dependencies={"caller": Provide(tenant_caller)},
     tags=["Completion batches"],

@@ -12,6 +12,7 @@ from litestar.params import SkipValidation
 from app.api.streams import Hub
 from app.db import Database
 from app.doorbell import Ringer
+from app.forecast import Clockwork
 from app.secrets import Keyring
 from app.settings import Settings
 
@@ -32,6 +33,15 @@ class Context:
     hub: Hub
     keys_noted: dict[UUID, float] = field(default_factory=dict[UUID, float])
     chores: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+
+    @property
+    def clockwork(self) -> Clockwork:
+        """What the claim goes by, for those who look ahead."""
+        return Clockwork(
+            guard_s=self.settings.guard_s,
+            burst_s=self.settings.burst_s,
+            dead_after_s=self.settings.dead_after_s,
+        )
 
     def spawn(self, chore: Coroutine[Any, Any, None]) -> None:
         """Let something be done after the answer. It is cancelled when the process stops."""

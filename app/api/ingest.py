@@ -4,6 +4,7 @@ The body is spooled to disk as it arrives and walked twice. The first walk reads
 requests themselves and finds what is wrong with the whole; then resources are resolved and checked
 against the caller's key; only then a transaction begins and the second walk feeds the items to it.
 All heavy work runs in worker threads, a megabyte at a time, so that the event loop answers others.
+A dry run (``estimate_batch``) walks the same way and stores nothing.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ import re
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import BinaryIO, TypeVar, cast
 from uuid import UUID
 
@@ -23,13 +25,15 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, tenants
+from app import batches, capacity, forecast, tenants
 from app.api import auth
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
 from app.api.splitter import STEP, MalformedError, Splitter, TooLongError
-from app.api.wire import BatchHead, problems_of
-from app.batches import BatchType, Ingest, NewBatch, NewItem
+from app.api.wire import BatchHead, amounts, capacity_entries, problems_of, problems_of_deadline
+from app.batches import Appraisal, Appraiser, BatchType, Ingest, NewBatch, NewItem
+from app.capacity import Amount
+from app.db import Connection
 from app.doorbell import EVENTS, WORK
 from app.errors import (
     NotFoundError,
@@ -37,6 +41,7 @@ from app.errors import (
     TooLargeError,
     ValidationError,
 )
+from app.forecast import Plan
 from app.log import Log
 from app.tenants import ApiKey, Resource
 
@@ -62,6 +67,15 @@ class Created:
     batch_id: UUID
     type: BatchType
     replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimated:
+    """What a batch would ask for, and when it would be done."""
+
+    appraisal: Appraisal
+    plan: Plan
+    expires_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,29 +117,9 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
         found = await _examine(context, body.file)
         head = found.head
         idempotency_key = _idempotency_key(request, head)
-        if head.type == "CALLBACK":
-            raise ValidationError(
-                [
-                    Problem(
-                        path="type",
-                        message="batches of type CALLBACK arrive in a later version; "
-                        "use SYNC to stream or ASYNC to poll",
-                    )
-                ]
-            )
         by_reference = await _resolve(context, key, found.asked)
-        batch = NewBatch(
-            workspace_id=key.workspace_id,
-            environment_id=key.environment_id,
-            type=cast("BatchType", head.type.lower()),
-            name=head.name,
-            metadata=head.metadata,
-            priority=head.priority,
-            max_attempts=head.max_attempts or context.settings.max_attempts,
-            idempotency_key=idempotency_key,
-            request_hash=body.sha256,
-            created_by_api_key_id=key.api_key_id,
-        )
+        batch = _new_batch(context, request, key, head, cast("BatchType", head.type.lower()))
+        batch = replace(batch, idempotency_key=idempotency_key, request_hash=body.sha256)
         async with context.db.connection() as conn:
             await batches.prepare_day(conn, batch)
         async with context.db.transaction() as conn:
@@ -139,12 +133,14 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                 )
                 if known is not None:
                     return Created(batch_id=known, type=batch.type, replayed=True)
+            batch = replace(batch, expires_at=await _deadline(conn, head))
             ingest = Ingest(
                 conn,
                 batch,
                 {resource.resource_id: resource for resource in by_reference.values()},
                 most_items=context.settings.max_items,
                 most_item_bytes=context.settings.max_item_bytes,
+                key_amounts=await _key_amounts(conn, key),
             )
             async for items in _new_items(context, body.file, found.items_at, by_reference):
                 await ingest.add(items)
@@ -155,6 +151,82 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
     context.ringer.ring(WORK, ingest.resource_ids)
     context.ringer.ring(EVENTS, [batch.batch_id])
     return Created(batch_id=batch.batch_id, type=batch.type, replayed=False)
+
+
+async def estimate_batch(context: Context, request: AnyRequest, key: ApiKey) -> Estimated:
+    """What ``create_batch`` would make of the same body, without making it."""
+    async with _spooled(context, request) as body:
+        found = await _examine(context, body.file)
+        head = found.head
+        by_reference = await _resolve(context, key, found.asked)
+        batch = _new_batch(context, request, key, head, "async")
+        async with context.db.connection() as conn:
+            expires_at = await _deadline(conn, head)
+            key_amounts = await _key_amounts(conn, key)
+            resources = {resource.resource_id: resource for resource in by_reference.values()}
+            means = await forecast.output_means(
+                conn, workspace_id=key.workspace_id, resource_ids=list(resources)
+            )
+        appraiser = Appraiser(
+            batch,
+            resources,
+            most_item_bytes=context.settings.max_item_bytes,
+            key_amounts=key_amounts,
+            output_means=means,
+        )
+        async for items in _new_items(context, body.file, found.items_at, by_reference):
+            await appraiser.add(items)
+    async with context.db.connection() as conn:
+        plan = await forecast.of_new(
+            conn,
+            workspace_id=key.workspace_id,
+            batch_id=batch.batch_id,
+            api_key_id=key.api_key_id,
+            appraisal=appraiser.found,
+            amounts=batch.amounts,
+            priority=batch.priority,
+            weight=batch.weight,
+            expires_at=expires_at,
+            source_ip=batch.source_ip,
+            metadata=batch.metadata,
+            clockwork=context.clockwork,
+        )
+    return Estimated(appraisal=appraiser.found, plan=plan, expires_at=expires_at)
+
+
+def _new_batch(
+    context: Context, request: AnyRequest, key: ApiKey, head: BatchHead, kind: BatchType
+) -> NewBatch:
+    return NewBatch(
+        workspace_id=key.workspace_id,
+        environment_id=key.environment_id,
+        type=kind,
+        name=head.name,
+        metadata=head.metadata,
+        capacity=capacity_entries(head.capacity),
+        amounts=amounts(head.capacity),
+        priority=head.priority,
+        weight=head.weight,
+        # The peer of the connection: behind a proxy that is the proxy's own address.
+        source_ip=request.client.host if request.client is not None else None,
+        max_attempts=head.max_attempts or context.settings.max_attempts,
+        created_by_api_key_id=key.api_key_id,
+    )
+
+
+async def _deadline(conn: Connection, head: BatchHead) -> datetime | None:
+    """The head's deadline. Raises ValidationError when it has passed."""
+    now = await batches.clock(conn)
+    deadline = head.deadline(now)
+    if problems := problems_of_deadline(deadline, now):
+        raise ValidationError(problems)
+    return deadline
+
+
+async def _key_amounts(conn: Connection, key: ApiKey) -> list[Amount]:
+    """The caller's own limits; a key that does not enforce them has none."""
+    found = await capacity.limits(conn, workspace_id=key.workspace_id, scope_ids=[key.api_key_id])
+    return [limit.amount for limit in found]
 
 
 @asynccontextmanager
@@ -235,7 +307,18 @@ async def _examine(context: Context, file: BinaryIO) -> _Examined:
     walk = _Walk(file, context.settings.max_item_bytes, context.settings.max_items)
     while await asyncio.to_thread(walk.step):
         pass
-    return walk.result()
+    found = walk.result()
+    if found.head.type == "CALLBACK":
+        raise ValidationError(
+            [
+                Problem(
+                    path="type",
+                    message="batches of type CALLBACK arrive in a later version; "
+                    "use SYNC to stream or ASYNC to poll",
+                )
+            ]
+        )
+    return found
 
 
 class _Walk:

@@ -3,8 +3,9 @@
 Only a key for all resources may create or see these: a confined one must not widen its own reach.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Final
 from uuid import UUID
@@ -16,7 +17,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body, PathParameter
 
-from app import tenants
+from app import capacity, forecast, tenants
 from app.api import wire
 from app.api.auth import (
     Caller,
@@ -26,8 +27,9 @@ from app.api.auth import (
     require_resources,
     tenant_caller,
 )
-from app.api.context import Given
+from app.api.context import Context, Given
 from app.api.errors import ErrorBody
+from app.capacity import NamedScope
 from app.db import Connection
 from app.errors import NotFoundError, Problem, RequestError, ValidationError
 from app.tenants import ApiKey, ApiKeyEntity, ProviderConnection, Resource
@@ -98,9 +100,10 @@ async def create_connection(
                 allowed_models=data.allowed_models,
                 capacity_entries=wire.capacity_entries(data.capacity),
                 amounts=wire.amounts(data.capacity),
+                concurrency=data.concurrency,
             )
-        made = await _connection(conn, caller, connection_id)
-    return _created(wire.connection_body(made))
+        made = await _connection_body(conn, caller, connection_id)
+    return _created(made)
 
 
 @get(
@@ -115,8 +118,28 @@ async def read_connection(
 ) -> Response[bytes]:
     require_everything(caller, "read connections")
     async with context.db.connection() as conn:
-        found = await _connection(conn, caller, connection_id)
-    return _answer(wire.connection_body(found))
+        found = await _connection_body(conn, caller, connection_id)
+    return _answer(found)
+
+
+@get(
+    "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}/capacity-usage",
+    summary="Where the limits of a connection and its models stand",
+    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+)
+async def connection_usage(
+    context: Given,
+    caller: Caller,
+    connection_id: Annotated[UUID, PathParameter(name="connectionId")],
+) -> Response[bytes]:
+    require_everything(caller, "read connections")
+    async with context.db.connection() as conn:
+        await _connection(conn, caller, connection_id)
+        scope_ids = await capacity.connection_scopes(
+            conn, workspace_id=caller.workspace_id, connection_id=connection_id
+        )
+        found = await _usage(context, conn, caller, scope_ids)
+    return _answer(found)
 
 
 def _base_url_of(data: wire.ConnectionCreate) -> str:
@@ -139,6 +162,16 @@ def _base_url_of(data: wire.ConnectionCreate) -> str:
             )
         ]
     )
+
+
+async def _connection_body(
+    conn: Connection, key: ApiKey, connection_id: UUID
+) -> wire.ConnectionBody:
+    found = await _connection(conn, key, connection_id)
+    taught = await capacity.learned(
+        conn, workspace_id=key.workspace_id, connection_id=connection_id
+    )
+    return wire.connection_body(found, taught)
 
 
 async def _connection(conn: Connection, key: ApiKey, connection_id: UUID) -> ProviderConnection:
@@ -220,6 +253,7 @@ async def create_resource(
                 amounts=wire.amounts(data.capacity),
                 enforce_capacity=data.enforce_capacity is not False,
                 timeout_ms=data.timeout_ms,
+                concurrency=data.concurrency,
             )
         wanted = data.assign_api_keys or []
         if wanted:
@@ -235,8 +269,8 @@ async def create_resource(
                 raise NotFoundError(
                     f"API keys not found: {', '.join(missing[:20])}", code="API_KEY_NOT_FOUND"
                 )
-        made = await _resource(conn, caller, resource_id)
-    return _created(wire.resource_body(made))
+        made = await _resource_body(context, conn, caller, resource_id)
+    return _created(made)
 
 
 @get(
@@ -249,8 +283,55 @@ async def read_resource(
 ) -> Response[bytes]:
     async with context.db.connection() as conn:
         require_resources(caller, [resource_id])
-        found = await _resource(conn, caller, resource_id)
-    return _answer(wire.resource_body(found))
+        found = await _resource_body(context, conn, caller, resource_id)
+    return _answer(found)
+
+
+@get(
+    "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}/capacity-usage",
+    summary="Where the limits of a resource stand",
+    description="Its own, and those of its model and its connection.",
+    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+)
+async def resource_usage(
+    context: Given, caller: Caller, resource_id: Annotated[UUID, PathParameter(name="resourceId")]
+) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        require_resources(caller, [resource_id])
+        await _resource(conn, caller, resource_id)
+        scope_ids = await capacity.resource_scopes(
+            conn, workspace_id=caller.workspace_id, resource_id=resource_id
+        )
+        found = await _usage(context, conn, caller, scope_ids)
+    return _answer(found)
+
+
+async def _resource_body(
+    context: Context, conn: Connection, key: ApiKey, resource_id: UUID
+) -> wire.ResourceBody:
+    found = await _resource(conn, key, resource_id)
+    taught = await capacity.learned(
+        conn,
+        workspace_id=key.workspace_id,
+        connection_id=found.connection_id,
+        resource_id=resource_id,
+    )
+    waiting = await forecast.of_resource(
+        conn,
+        workspace_id=key.workspace_id,
+        resource_id=resource_id,
+        clockwork=context.clockwork,
+    )
+    if waiting is not None and waiting.scope is not None and not _shows(key, waiting.scope):
+        waiting = replace(waiting, scope=None, limit=None)
+    return wire.resource_body(found, taught, waiting)
+
+
+def _shows(key: ApiKey, scope: NamedScope) -> bool:
+    """Whether a caller may know of it: a confined key not of others' batches, keys and addresses."""
+    if "*" in key.resources or scope.scope_id == key.api_key_id:
+        return True
+    return scope.kind in ("connection", "model", "resource")
 
 
 async def _resource(conn: Connection, key: ApiKey, resource_id: UUID) -> Resource:
@@ -332,6 +413,25 @@ async def read_api_key(
     return _answer(wire.api_key_body(found))
 
 
+@get(
+    "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}/capacity-usage",
+    summary="Where the limits of an API key stand",
+    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+)
+async def api_key_usage(
+    context: Given, caller: Caller, api_key_id: Annotated[UUID, PathParameter(name="apiKeyId")]
+) -> Response[bytes]:
+    if api_key_id != caller.api_key_id:
+        require_everything(caller, "read other API keys")
+    async with context.db.connection() as conn:
+        await _api_key(conn, caller, api_key_id)
+        scope_ids = await capacity.api_key_scopes(
+            conn, workspace_id=caller.workspace_id, api_key_id=api_key_id
+        )
+        found = await _usage(context, conn, caller, scope_ids)
+    return _answer(found)
+
+
 async def _api_key(conn: Connection, key: ApiKey, api_key_id: UUID) -> ApiKeyEntity:
     found = await tenants.api_key_entity(
         conn,
@@ -342,6 +442,21 @@ async def _api_key(conn: Connection, key: ApiKey, api_key_id: UUID) -> ApiKeyEnt
     if found is None:
         raise NotFoundError(f"API key {api_key_id} not found", code="API_KEY_NOT_FOUND")
     return found
+
+
+async def _usage(
+    context: Context, conn: Connection, key: ApiKey, scope_ids: Sequence[UUID]
+) -> wire.CapacityUsage:
+    named = await capacity.named(conn, workspace_id=key.workspace_id, scope_ids=scope_ids)
+    scopes = {scope_id: scope for scope_id, scope in named.items() if _shows(key, scope)}
+    usage = await capacity.usage(
+        conn,
+        workspace_id=key.workspace_id,
+        scope_ids=scope_ids,
+        guard_s=context.settings.guard_s,
+        with_reserved=True,
+    )
+    return wire.capacity_usage(scopes, usage)
 
 
 # Who am I -----------------------------------------------------------------------------------------
@@ -370,10 +485,13 @@ router = Router(
     route_handlers=[
         create_connection,
         read_connection,
+        connection_usage,
         create_resource,
         read_resource,
+        resource_usage,
         create_api_key,
         read_api_key,
+        api_key_usage,
         whoami,
     ],
     guards=[authenticate],

@@ -1,4 +1,4 @@
-"""``sluice batches``: look at and end the batches of a server."""
+"""``sluice batches``: look at, steer and end the batches of a server."""
 
 import time
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from app import settings
 from app.cli.client import Batch, Server
 from app.cli.processes import log_for_person
 from app.cli.progress import Progress
+from app.errors import UsageError
 
 _NAME_WIDTH = 30
 
@@ -29,7 +30,7 @@ def _server(url: str | None, key: str | None) -> Server:
 
 @click.group()
 def batches() -> None:
-    """Look at, watch and cancel the batches of a server."""
+    """Look at, watch, steer and cancel the batches of a server."""
 
 
 @batches.command("list")
@@ -76,6 +77,61 @@ def cancel(server: str | None, key: str | None, batch_id: UUID) -> None:
 @batches.command()
 @_with_server
 @click.argument("batch_id", type=click.UUID)
+def pause(server: str | None, key: str | None, batch_id: UUID) -> None:
+    """Pause a batch: nothing of it is begun, calls in flight are let finish."""
+    with _server(server, key) as known:
+        _tell(known.pause(batch_id))
+
+
+@batches.command()
+@_with_server
+@click.argument("batch_id", type=click.UUID)
+def resume(server: str | None, key: str | None, batch_id: UUID) -> None:
+    """Let a paused batch go on."""
+    with _server(server, key) as known:
+        _tell(known.resume(batch_id))
+
+
+@batches.command("set")
+@_with_server
+@click.argument("batch_id", type=click.UUID)
+@click.option("--priority", type=click.IntRange(-100, 100), help="Higher goes first.")
+@click.option(
+    "--weight", type=click.FloatRange(0.1, 100), help="Its share among those of its priority."
+)
+@click.option(
+    "--expires",
+    help="Its deadline: from now, such as 30m, 24h or 7d; a time such as 2030-01-31T00:00:00Z;"
+    " or never.",
+)
+def set_batch(
+    server: str | None,
+    key: str | None,
+    batch_id: UUID,
+    *,
+    priority: int | None,
+    weight: float | None,
+    expires: str | None,
+) -> None:
+    """Change a running batch's priority, weight or deadline, effective at once."""
+    change: dict[str, object] = {}
+    if priority is not None:
+        change["priority"] = priority
+    if weight is not None:
+        change["weight"] = weight
+    if expires == "never":
+        change["expiresAt"] = None
+    elif expires is not None:
+        change["expiresAt" if "T" in expires else "completionWindow"] = expires
+    if not change:
+        raise UsageError("Nothing to change; give --priority, --weight or --expires.")
+    with _server(server, key) as known:
+        _tell(known.change(batch_id, change))
+
+
+@batches.command()
+@_with_server
+@click.argument("batch_id", type=click.UUID)
 def watch(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Follow a batch until it is finished; Ctrl-C stops watching, not the batch.
 
@@ -100,7 +156,12 @@ def _tell(batch: Batch) -> None:
         "waiting": f"{batch.pending:,}",
         "tokens in": f"{batch.total_prompt_tokens:,}",
         "tokens out": f"{batch.total_output_tokens:,}",
+        "priority": str(batch.priority) if batch.priority else "",
+        "weight": f"{batch.weight:g}" if batch.weight != 1 else "",
         "created": batch.created_at,
+        "deadline": batch.expires_at or "",
+        "waits for": "" if batch.waiting_for is None else str(batch.waiting_for),
+        "done by": "" if batch.eta is None else str(batch.eta),
         "completed": batch.completed_at or "",
     }
     for name, value in facts.items():

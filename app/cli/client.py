@@ -10,7 +10,7 @@ from uuid import UUID
 import httpx
 import msgspec
 
-from app.cli.progress import Progress, Snapshot
+from app.cli.progress import Progress, Snapshot, duration
 from app.cli.store import bootstrap_key_file, read_bootstrap_key
 from app.errors import SluiceError, UsageError
 from app.settings import Settings
@@ -22,6 +22,7 @@ _LOOK_S: Final = 1.0
 _PATIENCE_S: Final = 60.0
 _PAGE: Final = 1000
 _UNAUTHENTICATED: Final = 401
+_KINDS: Final = {"inputTokens": "input tokens", "outputTokens": "output tokens"}
 
 Decoded = TypeVar("Decoded")
 
@@ -35,8 +36,77 @@ class WhoAmI(msgspec.Struct, rename="camel"):
     environment_id: UUID
 
 
+class Scope(msgspec.Struct, rename="camel"):
+    """What a limit is set on."""
+
+    kind: str
+    name: str | None = None
+    dimension_field: str | None = None
+    dimension_value: str | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "value":
+            what = self.dimension_field or "client address"
+            return f"{what} '{self.dimension_value or ''}'"
+        kind = "API key" if self.kind == "api-key" else self.kind
+        return f"{kind} '{self.name}'" if self.name else f"this {kind}"
+
+
+class Limit(msgspec.Struct, rename="camel"):
+    """A limit and which of its kinds."""
+
+    period: str
+    kind: str
+    amount: int
+    scope: Scope
+
+    def __str__(self) -> str:
+        kind = _KINDS.get(self.kind, self.kind)
+        return f"the limit of {self.amount:,} {kind} per {self.period} of {self.scope}"
+
+
+class Waiting(msgspec.Struct, rename="camel"):
+    """Why nothing of a batch can be begun now."""
+
+    reason: str
+    scope: Scope | None = None
+    limit: Limit | None = None
+    until: str | None = None
+    items_ahead: int = 0
+
+    def __str__(self) -> str:
+        match self.reason:
+            case "CAPACITY" | "PACE" if self.limit is not None:
+                what = str(self.limit)
+            case "CONCURRENCY":
+                what = "a call to end" + (f", at {self.scope}" if self.scope else "")
+            case "WORKER":
+                what = "a worker; start one with `sluice worker`"
+            case "PAUSED":
+                what = "its resumption; it is paused"
+            case "COOLDOWN":
+                what = "the end of a rest that the provider asked for"
+            case "RETRY":
+                what = "its next try"
+            case _:
+                what = "room in a limit"
+        return what + (f", until {self.until}" if self.until is not None else "")
+
+
+class Eta(msgspec.Struct, rename="camel"):
+    """When a batch's last item will be begun."""
+
+    at: str
+    seconds_left: int
+    limit: Limit | None = None
+
+    def __str__(self) -> str:
+        by = f", by {self.limit}" if self.limit is not None else ""
+        return f"{self.at}, in {duration(self.seconds_left)}{by}"
+
+
 class Batch(msgspec.Struct, rename="camel"):
-    """A batch, without its items."""
+    """A batch, without its items. What it waits for is known of a single one only."""
 
     batch_id: UUID
     status: Status
@@ -51,6 +121,11 @@ class Batch(msgspec.Struct, rename="camel"):
     total_output_tokens: int
     created_at: str
     completed_at: str | None
+    priority: int = 0
+    weight: float = 1
+    expires_at: str | None = None
+    waiting_for: Waiting | None = None
+    eta: Eta | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -67,6 +142,7 @@ class Batch(msgspec.Struct, rename="camel"):
             in_flight=self.running,
             input_tokens=self.total_prompt_tokens,
             output_tokens=self.total_output_tokens,
+            waits_for=None if self.waiting_for is None else str(self.waiting_for),
         )
 
 
@@ -212,6 +288,20 @@ class Server:
     def cancel(self, batch_id: UUID) -> Batch:
         """Cancel a batch."""
         return self._post(f"/v1/completion-batch/{self._tenant()}/{batch_id}/cancel", None, Batch)
+
+    def pause(self, batch_id: UUID) -> Batch:
+        """Pause a batch."""
+        return self._post(f"/v1/completion-batch/{self._tenant()}/{batch_id}/pause", None, Batch)
+
+    def resume(self, batch_id: UUID) -> Batch:
+        """Let a batch go on."""
+        return self._post(f"/v1/completion-batch/{self._tenant()}/{batch_id}/resume", None, Batch)
+
+    def change(self, batch_id: UUID, change: Mapping[str, object]) -> Batch:
+        """Change what steers a batch."""
+        path = f"/v1/completion-batch/{self._tenant()}/{batch_id}"
+        headers = {"content-type": "application/json"}
+        return self._ask("PATCH", path, Batch, content=msgspec.json.encode(change), headers=headers)
 
     def items(self, batch_id: UUID) -> Iterator[Item]:
         """Every item in order."""

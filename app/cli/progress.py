@@ -26,7 +26,8 @@ _FULL = 0.95
 class Snapshot:
     """How far a run is. ``limit_share``: of the tightest limit, over its last period; None: no limit.
 
-    ``wait_s``: how long nothing can be started; None when nothing waits.
+    ``wait_s``: how long nothing can be started; None when nothing waits. ``waits_for``: what for, as
+    a server says it.
     """
 
     total: int
@@ -39,6 +40,7 @@ class Snapshot:
     limit_share: float | None = None
     limit_kind: str | None = None
     wait_s: float | None = None
+    waits_for: str | None = None
 
     @property
     def ended(self) -> int:
@@ -137,6 +139,8 @@ class Progress:
             limited = share is not None and share >= _FULL
             reason = "waiting for the rate limit" if limited else "waiting to try again"
             told.append(f"{reason}, next in {snapshot.wait_s:.0f} s")
+        if left and snapshot.waits_for is not None:
+            told.append(f"waiting for {snapshot.waits_for}")
         rate = self._rate()
         if left and rate > 0:
             told.append(f"about {duration(max(left / rate, snapshot.wait_s or 0.0))} left")

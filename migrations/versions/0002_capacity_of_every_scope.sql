@@ -7,6 +7,7 @@ drop function if exists settle(uuid, uuid, json, text[]);
 drop function if exists flows_change(uuid, settled_item[], timestamptz, jsonb);
 drop function if exists ready_change(uuid, settled_item[], uuid[], timestamptz);
 drop function if exists work_due(uuid, uuid, timestamptz);
+drop function if exists flow_entry(uuid, uuid);
 drop function if exists capacity_frees(uuid, uuid[], bigint, bigint, timestamptz, interval);
 drop function if exists pace(uuid, uuid[], timestamptz, double precision);
 drop function if exists slot_of(limit_period, timestamptz);
@@ -22,7 +23,7 @@ create type limit_source as enum ('given', 'observed');
 create type wait_reason as enum ('capacity', 'pace', 'concurrency', 'cooldown', 'retry');
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
-    floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
+    entry double precision, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
 );
 create type claim_candidate as (
     flow int, seq int, attempt int, input_tokens int, max_output_tokens int, suspect boolean, is_lower boolean,
@@ -70,8 +71,9 @@ create table scope_states (
     refusals int not null default 0,
     probed_at timestamptz not null default '-infinity',
     ceiling double precision,
+    is_window boolean not null default false,
     raise_at timestamptz,
-    raise_share double precision not null default 0.06,
+    raise_share double precision not null default 0.5,
     burst_share double precision not null default 1,
     is_fresh boolean not null default true,
     answered bigint not null default 0,
@@ -97,7 +99,8 @@ select distinct workspace_id, model_scope_id, 'model'::scope_kind from resources
 insert into scope_states (workspace_id, scope_id)
 select workspace_id, connection_id from connections;
 insert into scope_states (workspace_id, scope_id, blocked_until, blocked_reason, begun_at, is_fresh)
-select r.workspace_id, r.model_scope_id, max(s.blocked_until), max(s.blocked_reason), now(), false
+select r.workspace_id, r.model_scope_id, max(s.blocked_until),
+    (array_agg(s.blocked_reason order by s.blocked_until desc))[1], now(), false
 from resources r
 join resource_states s on s.workspace_id = r.workspace_id and s.resource_id = r.resource_id
 group by r.workspace_id, r.model_scope_id;
@@ -118,10 +121,6 @@ alter table limits
     add column dimension text,
     add column parent_id uuid;
 update limits set sliding = period in ('minute', 'hour');
-insert into limits (workspace_id, limit_id, scope_id, period, sliding, source)
-select workspace_id, gen_random_uuid(), scope_id, 'minute', true, 'observed'
-from limit_scopes
-where kind = 'model';
 alter table limits
     alter column sliding set not null,
     drop constraint limits_limit_something,
@@ -133,6 +132,10 @@ alter table limits
     add constraint limits_input_tokens_positive check (input_tokens > 0),
     add constraint limits_output_tokens_positive check (output_tokens > 0),
     add constraint limits_lifetime_never_slides check (not (sliding and period = 'lifetime'));
+insert into limits (workspace_id, limit_id, scope_id, period, sliding, source)
+select workspace_id, gen_random_uuid(), scope_id, 'minute', true, 'observed'
+from limit_scopes
+where kind = 'model';
 create unique index limits_observed_unique on limits (workspace_id, scope_id, period)
     where source = 'observed';
 create index limits_by_parent on limits (workspace_id, parent_id) where parent_id is not null;
@@ -239,6 +242,8 @@ comment on column scope_states.refusals is 'Cohorts of refused calls since the l
 comment on column scope_states.probed_at is 'When a single call was let out after a refusal.';
 comment on column scope_states.ceiling is
     'Requests per minute that the provider bears, as far as refusals have shown; null: none has.';
+comment on column scope_states.is_window is
+    'Whether the ceiling is the measure of a whole minute, or only of the pace.';
 comment on column scope_states.raise_at is 'When the ceiling may next be raised.';
 comment on column scope_states.raise_share is 'By which share of itself it is raised then.';
 comment on column scope_states.burst_share is 'Share of SLUICE_BURST_S in use; halved when calls below a limit are refused.';

@@ -63,8 +63,8 @@ comment on function counts_after(limit_period, boolean, timestamptz, interval) i
     'Ledger slots that began after this count against the limit.';
 
 -- The limits of scopes as they bind now. What a provider stated binds for a week; a model's observed limit per
--- minute is bounded by what refusals have taught (scope_states.ceiling), but of a model younger than a minute only
--- the pace is: nobody can tell yet what its first minute will bear. A limit with a dimension does not bind itself,
+-- minute is bounded by what refusals have taught (scope_states.ceiling), at first perhaps only in its pace
+-- (scope_states.is_window). A limit with a dimension does not bind itself,
 -- its children do.
 create or replace function limits_in_force(p_workspace_id uuid, p_scope_ids uuid[], p_now timestamptz)
 returns table (
@@ -74,7 +74,7 @@ returns table (
 language sql stable
 as $$
     select l.limit_id, l.scope_id, l.period, l.sliding, l.source,
-        least(case when fresh.yes then l.requests end, case when learned.is_grown then learned.ceiling end),
+        least(case when fresh.yes then l.requests end, case when learned.is_window then learned.ceiling end),
         case when fresh.yes then l.tokens end,
         case when fresh.yes then l.input_tokens end,
         case when fresh.yes then l.output_tokens end,
@@ -84,8 +84,7 @@ as $$
         select l.source = 'given' or l.observed_at > p_now - interval '7 days' as yes
     ) fresh
     left join lateral (
-        select floor(s.ceiling)::bigint as ceiling,
-            s.throttled_at > s.begun_at + interval '60 seconds' as is_grown
+        select floor(s.ceiling)::bigint as ceiling, s.is_window
         from scope_states s
         where l.source = 'observed'
             and l.period = 'minute'

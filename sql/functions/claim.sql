@@ -81,6 +81,7 @@ declare
     v_locked uuid[];
     v_state record;
     v_blocked_until timestamptz;
+    v_blocked_by uuid;
     v_busy boolean := false;
     v_isolated boolean := false;
     v_probing boolean := false;
@@ -162,10 +163,12 @@ begin
     select s.* into v_state
     from scope_states s
     where s.workspace_id = p_workspace_id and s.scope_id = v_resource.model_scope_id;
-    select greatest(max(s.blocked_until), '-infinity') into v_blocked_until
+    select s.blocked_until, s.scope_id into v_blocked_until, v_blocked_by
     from scope_states s
     where s.workspace_id = p_workspace_id
-        and s.scope_id in (v_resource.model_scope_id, v_resource.connection_id);
+        and s.scope_id in (v_resource.model_scope_id, v_resource.connection_id)
+    order by s.blocked_until desc
+    limit 1;
     select s.lower_credit, s.output_high, s.output_mean into v_credit, v_output_high, v_output_mean
     from resource_states s
     where s.workspace_id = p_workspace_id and s.resource_id = p_resource_id;
@@ -173,13 +176,17 @@ begin
     -- 2. Whose turn it is: the first 64 flows, and the first eight of lower priorities. One that waits only for
     -- later retries, or for a limit of its own, takes no place.
     with due as materialized (
-        select f.batch_id, f.batch_day, f.priority, f.virtual_time, f.floor, f.scope_ids,
-            f.weight * case when f.expires_at is null then 1 else least(100, (
-                extract(epoch from f.expires_at - f.created_at)
-                / greatest(extract(epoch from f.expires_at - v_now), 0.001)) ^ 2) end as weight,
+        select f.batch_id, f.batch_day, f.priority, greatest(f.virtual_time, e.entry) as virtual_time, e.entry,
+            f.floor, f.scope_ids,
+            f.weight * urgency(f.created_at, f.expires_at, v_now) as weight,
             case when f.completed >= 20 then f.output_tokens::double precision / f.completed
                 else v_output_mean end as mean_output_tokens
         from flows f
+        cross join lateral (
+            -- What waited for a limit of its own has saved up nothing.
+            select case when f.waits_for is not null
+                then flow_entry(f.workspace_id, f.resource_id, f.priority) end as entry
+        ) e
         where f.workspace_id = p_workspace_id
             and f.resource_id = p_resource_id
             and f.is_open
@@ -213,7 +220,7 @@ begin
         )
     )
     select array_agg(
-        row(r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.floor, r.flows,
+        row(r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.entry, r.floor, r.flows,
             r.mean_output_tokens, r.scope_ids, null)::claim_flow
         order by r.priority desc, r.virtual_time, r.batch_id)
     into v_flows
@@ -284,7 +291,7 @@ begin
                 v_own := v_own || v_b;
             end if;
         end loop;
-        select array_agg(row(f.batch_id, f.batch_day, f.priority, f.weight, f.virtual_time, f.floor, f.flows,
+        select array_agg(row(f.batch_id, f.batch_day, f.priority, f.weight, f.virtual_time, f.entry, f.floor, f.flows,
             f.mean_output_tokens, f.scope_ids, v_common || array(
                 select o.limit_id from unnest(v_own) o where o.scope_id = any (f.scope_ids)
             ))::claim_flow order by f.ordinality)
@@ -322,7 +329,7 @@ begin
 
     if v_blocked_until > v_now then
         v_reason := 'cooldown';
-        v_waits_for := v_resource.model_scope_id;
+        v_waits_for := v_blocked_by;
     elsif v_flows is not null and v_want > 0 then
         -- 6. The line: each flow's first items, by priority and tag.
         with candidates as (
@@ -543,7 +550,21 @@ begin
             (select jsonb_object_agg(flow, floor) from floors)
         into v_taken, v_floors;
 
-        -- 9. The ledger: one row per limit, the slot of now.
+        -- 9. The ledger: one row per limit, the slot of now. Before a flow is set aside all slots that its limits
+        -- count are locked, together with the others in one order: a settlement beside us gives back before we
+        -- look when there will be room (step 10), or finds the flow waiting after our commit.
+        if cardinality(v_waiting) > 0 then
+            perform 1
+            from limits l
+            join ledger g on g.workspace_id = l.workspace_id
+                and g.limit_id = l.limit_id
+                and g.slot_at >= least(slot_of(l.period, l.sliding, v_now),
+                    case when l.scope_id <> all (v_shared[:3])
+                        then counts_after(l.period, l.sliding, v_now, p_guard) end)
+            where l.workspace_id = p_workspace_id and l.scope_id = any (v_shared)
+            order by g.limit_id, g.slot_at
+            for no key update of g;
+        end if;
         insert into ledger as g (
             workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens, expected_output_tokens
         )
@@ -574,7 +595,7 @@ begin
 
         -- 10. Flows, then batches, in key order; each flow's items are one event row.
         for v_flow in
-            select f.ordinality::int as flow, f.batch_id, f.weight, f.scope_ids, t.items, t.started, t.tokens,
+            select f.ordinality::int as flow, f.batch_id, f.weight, f.entry, f.scope_ids, t.items, t.started, t.tokens,
                 h.input_tokens, h.output_tokens
             from unnest(v_flows) with ordinality f
             left join (
@@ -592,7 +613,9 @@ begin
                 set pending = f.pending - v_flow.items,
                     unstarted = f.unstarted - v_flow.started,
                     running = f.running + v_flow.items,
-                    virtual_time = f.virtual_time + v_flow.tokens / v_flow.weight,
+                    virtual_time = greatest(f.virtual_time, v_flow.entry) + v_flow.tokens / v_flow.weight,
+                    waits_until = '-infinity',
+                    waits_for = null,
                     floor = greatest(f.floor, (v_floors ->> v_flow.flow::text)::int)
                 where f.workspace_id = p_workspace_id
                     and f.batch_id = v_flow.batch_id
@@ -716,6 +739,20 @@ $$;
 comment on function claim(
     uuid, uuid, uuid, int, boolean, interval, interval, double precision, int
 ) is 'Take items of one resource for work, within its limits. See sql/functions/claim.sql.';
+
+-- By how much a deadline raises a batch's weight: the square of its whole time by the time left, at most 100.
+create or replace function urgency(
+    created_at timestamptz, expires_at timestamptz, now timestamptz
+)
+returns double precision
+language sql immutable parallel safe
+as $$
+    select case when expires_at is null then 1 else least(100, greatest(1, (
+        extract(epoch from expires_at - created_at)
+        / greatest(extract(epoch from expires_at - now), 0.001)) ^ 2)) end
+$$;
+comment on function urgency(timestamptz, timestamptz, timestamptz) is
+    'By how much a deadline raises a batch''s weight.';
 
 -- How many more calls of a resource may be out at once, by the bounds of its connection, its resource and what its
 -- model was seen to bear (p_learned), and the scope of the tightest. No row: there is no bound.

@@ -33,36 +33,35 @@ begin
         return 0;
     end if;
     -- Unstarted items from the floor on, which rises with them, and what had returned: see cancel_chunk.
-    with held as materialized (
-        select h.*
-        from (
-            (
-                select i.* from items i
-                where i.workspace_id = p_workspace_id
-                    and i.batch_day = p_batch_day
-                    and i.batch_id = p_batch_id
-                    and i.resource_id = p_resource_id
-                    and i.status = 'pending'
-                    and i.attempt > 0
-                order by i.seq
-                limit p_most
-                for no key update skip locked
-            )
-            union all
-            (
-                select i.* from items i
-                where i.workspace_id = p_workspace_id
-                    and i.batch_day = p_batch_day
-                    and i.batch_id = p_batch_id
-                    and i.resource_id = p_resource_id
-                    and i.status = 'pending'
-                    and i.attempt = 0
-                    and i.seq >= v_floor
-                order by i.seq
-                limit p_most
-                for no key update skip locked
-            )
-        ) h
+    with again as materialized (
+        select i.* from items i
+        where i.workspace_id = p_workspace_id
+            and i.batch_day = p_batch_day
+            and i.batch_id = p_batch_id
+            and i.resource_id = p_resource_id
+            and i.status = 'pending'
+            and i.attempt > 0
+        order by i.seq
+        limit p_most
+        for no key update skip locked
+    ),
+    first as materialized (
+        select i.* from items i
+        where i.workspace_id = p_workspace_id
+            and i.batch_day = p_batch_day
+            and i.batch_id = p_batch_id
+            and i.resource_id = p_resource_id
+            and i.status = 'pending'
+            and i.attempt = 0
+            and i.seq >= v_floor
+        order by i.seq
+        limit p_most
+        for no key update skip locked
+    ),
+    held as (
+        select a.* from again a
+        union all
+        select f.* from first f
     )
     select array_agg(row(null::int, h.workspace_id, h.batch_day, h.batch_id, h.resource_id, h.seq, h.attempt,
         h.status, 'failed', 'expired', null::timestamptz, h.failures, h.crashes)::settled_item
@@ -86,13 +85,26 @@ begin
     where f.workspace_id = p_workspace_id
         and f.batch_id = p_batch_id
         and f.resource_id = p_resource_id
-        and (f.is_cancelled or f.expires_at > v_now);
+        and (f.is_cancelled or coalesce(f.expires_at, 'infinity') > v_now);
     if found then
         raise exception 'batch % was cancelled or prolonged meanwhile', p_batch_id using errcode = 'SLCLO';
     end if;
     update flows f
-    set floor = greatest(f.floor, (
-        select max(c.seq) + 1 from unnest(v_changed) c where c.attempt = 0
+    -- Past what was ended here, but not past what somebody else had locked.
+    set floor = greatest(f.floor, coalesce(
+        (
+            select i.seq from items i
+            where i.workspace_id = p_workspace_id
+                and i.batch_day = p_batch_day
+                and i.batch_id = p_batch_id
+                and i.resource_id = p_resource_id
+                and i.status = 'pending'
+                and i.attempt = 0
+                and i.seq >= v_floor
+            order by i.seq
+            limit 1
+        ),
+        (select max(c.seq) + 1 from unnest(v_changed) c where c.attempt = 0)
     ))
     where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.resource_id = p_resource_id;
     update batches b

@@ -10,28 +10,29 @@
 -- measure of an unknown limit: exact for a window that slides, and right for a bucket once the rate is steady. So
 -- the ceiling falls to that, and to nine tenths of itself if it had fallen within ten seconds; calls claimed before
 -- the fall belong to the same refusal, and when the single call sent ahead is refused (claim) that only says that
--- the minute is still full. Then it is raised: first by 6 % after 20 to 30 s, then by twice the share
--- every five seconds, as long as it is really used and nothing is refused. A model that was begun less than a
--- minute ago has no such measure yet; its ceiling doubles every two seconds. A limit that people or the provider
--- changed since ends the guess.
+-- the minute is still full. After 25 to 35 s it is raised by half, to see whether the limit has risen, and again
+-- every five seconds, each time only if the last minute used 70 % of it: more than the ceiling before. A model that was begun less than a minute ago has no such measure yet: its ceiling follows the last
+-- seconds, only sets the pace, and doubles every two seconds. But if the single call sent ahead after the rest is refused as well, the minute is
+-- full, and what was accepted is its measure. A limit that people or the provider changed since ends the guess.
 --
 -- Calls at once (additive increase, multiplicative decrease: Chiu and Jain, 1989). When a provider says that it is
 -- overloaded, the bound becomes seven tenths of the calls that were out, once per cohort, and grows by one with
 -- every round of answers that uses half of it.
 
 -- What replies stated: [{resource_id, kind, period, limit, used}].
--- Stores the limits and returns the differences between the provider's count and ours for ledger_adjust: only
--- upwards, since what the provider has not seen yet may still arrive.
+-- Only those of p_resource_ids count. Stores the limits; differences are those between the provider's count and ours for
+-- ledger_adjust: only upwards, since what the provider has not seen yet may still arrive. raised: limits that changed.
 create or replace function observe_limits(
-    p_workspace_id uuid, p_observed json, p_now timestamptz
+    p_workspace_id uuid, p_observed json, p_resource_ids uuid[], p_now timestamptz,
+    out differences jsonb, out raised uuid[]
 )
-returns jsonb
 language plpgsql volatile
 as $$
+#variable_conflict use_column
 declare
     v_stated record;
     v_used record;
-    v_differences jsonb := '[]';
+    v_changed record;
 begin
     for v_stated in
         select r.model_scope_id as scope_id, o.period,
@@ -50,6 +51,7 @@ begin
             )
         ) o
         join resources r on r.workspace_id = p_workspace_id and r.resource_id = o.resource_id
+        where o.resource_id = any (p_resource_ids)
         group by r.model_scope_id, o.period
         order by r.model_scope_id, o.period
     loop
@@ -73,9 +75,10 @@ begin
             tokens = coalesce(v_stated.tokens, l.tokens),
             input_tokens = coalesce(v_stated.input_tokens, l.input_tokens),
             output_tokens = coalesce(v_stated.output_tokens, l.output_tokens),
-            updated_at = case when (v_stated.requests, v_stated.tokens, v_stated.input_tokens,
-                    v_stated.output_tokens)
-                is distinct from (l.requests, l.tokens, l.input_tokens, l.output_tokens)
+            updated_at = case when v_stated.requests <> coalesce(l.requests, 0)
+                    or v_stated.tokens <> coalesce(l.tokens, 0)
+                    or v_stated.input_tokens <> coalesce(l.input_tokens, 0)
+                    or v_stated.output_tokens <> coalesce(l.output_tokens, 0)
                 then p_now else l.updated_at end,
             observed_at = p_now
         where l.workspace_id = p_workspace_id
@@ -88,40 +91,61 @@ begin
                 or v_stated.tokens <> coalesce(l.tokens, 0)
                 or v_stated.input_tokens <> coalesce(l.input_tokens, 0)
                 or v_stated.output_tokens <> coalesce(l.output_tokens, 0)
-            );
-        select l.limit_id, coalesce(sum(g.requests + g.outside_requests), 0) as requests,
-            coalesce(sum(g.input_tokens + g.outside_input_tokens), 0) as input_tokens,
-            coalesce(sum(g.output_tokens + g.outside_output_tokens), 0) as output_tokens
-        into v_used
-        from limits l
-        left join ledger g on g.workspace_id = l.workspace_id
-            and g.limit_id = l.limit_id
-            and g.slot_at > counts_after(l.period, l.sliding, p_now, interval '0')
-        where l.workspace_id = p_workspace_id
-            and l.scope_id = v_stated.scope_id
-            and l.period = v_stated.period
-            and l.source = 'observed'
-        group by l.limit_id;
+            )
+        returning l.limit_id, l.updated_at = p_now as is_new into v_changed;
+        if v_changed.is_new then
+            raised := raised || v_changed.limit_id;
+        end if;
+        select * into v_used
+        from observed_use(p_workspace_id, v_stated.scope_id, v_stated.period, p_now);
         if v_stated.used_requests > v_used.requests
             or v_stated.used_tokens > v_used.input_tokens + v_used.output_tokens
             or v_stated.used_input_tokens > v_used.input_tokens
             or v_stated.used_output_tokens > v_used.output_tokens
         then
-            v_differences := v_differences || jsonb_build_object(
-                'limit_id', v_used.limit_id, 'claimed_at', p_now,
-                'outside_requests', greatest(v_stated.used_requests - v_used.requests, 0),
-                'outside_input_tokens', greatest(
-                    v_stated.used_tokens - v_used.input_tokens - v_used.output_tokens,
-                    v_stated.used_input_tokens - v_used.input_tokens, 0),
-                'outside_output_tokens',
-                    greatest(v_stated.used_output_tokens - v_used.output_tokens, 0));
+            -- Another settlement may be entering the same: lock, then look again.
+            perform 1 from limits l
+            where l.workspace_id = p_workspace_id and l.limit_id = v_used.limit_id
+            for no key update;
+            differences := coalesce(differences, '[]') || (
+                select jsonb_build_object(
+                    'limit_id', v_used.limit_id, 'claimed_at', p_now,
+                    'outside_requests', greatest(v_stated.used_requests - u.requests, 0),
+                    'outside_input_tokens', greatest(
+                        v_stated.used_tokens - u.input_tokens - u.output_tokens,
+                        v_stated.used_input_tokens - u.input_tokens, 0),
+                    'outside_output_tokens', greatest(v_stated.used_output_tokens - u.output_tokens, 0))
+                from observed_use(p_workspace_id, v_stated.scope_id, v_stated.period, p_now) u
+            );
         end if;
     end loop;
-    return nullif(v_differences, '[]');
 end
 $$;
-comment on function observe_limits(uuid, json, timestamptz) is
+comment on function observe_limits(uuid, json, uuid[], timestamptz) is
     'Store what replies stated of limits; what the provider counts beyond our ledger.';
+
+-- What a model's observed limit of a period counts at present, by our ledger.
+create or replace function observed_use(
+    p_workspace_id uuid, p_scope_id uuid, p_period limit_period, p_now timestamptz
+)
+returns table (limit_id uuid, requests bigint, input_tokens bigint, output_tokens bigint)
+language sql stable
+as $$
+    select l.limit_id, coalesce(sum(g.requests + g.outside_requests), 0)::bigint,
+        coalesce(sum(g.input_tokens + g.outside_input_tokens), 0)::bigint,
+        coalesce(sum(g.output_tokens + g.outside_output_tokens), 0)::bigint
+    from limits l
+    left join ledger g on g.workspace_id = l.workspace_id
+        and g.limit_id = l.limit_id
+        and g.slot_at > counts_after(l.period, l.sliding, p_now, interval '0')
+    where l.workspace_id = p_workspace_id
+        and l.scope_id = p_scope_id
+        and l.period = p_period
+        and l.source = 'observed'
+    group by l.limit_id
+$$;
+comment on function observed_use(uuid, uuid, limit_period, timestamptz) is
+    'What an observed limit counts at present.';
 
 -- Keep a sample of the latest hundred outputs of each resource, and what follows from it once there are twenty.
 -- At most eight of one settlement, and of small settlements only some: the newest are no better than the others.
@@ -190,14 +214,14 @@ begin
                 as overloaded_at,
             bool_or(g.error_code = 'overloaded') as is_overloaded,
             bool_or(g.outcome = 'throttled') as is_throttled,
-            coalesce(bool_or(g.error_code = 'insufficient_quota'), false) as is_spent,
+            count(*) as settled,
             max(g.wait_s) filter (where g.outcome = 'throttled') as wait_s,
             max(g.error_code) filter (where g.outcome = 'throttled') as code
         from (
             select p_workspace_id as workspace_id, o.resource_id, o.outcome, o.claimed_at, o.wait_s,
                 case when o.outcome = 'throttled' then o.error_code end as error_code
             from unnest(p_given) o
-            where o.outcome in ('answered', 'throttled')
+            where o.outcome not in ('unsent', 'impossible', 'lost')
         ) g
         join resources r on r.workspace_id = g.workspace_id and r.resource_id = g.resource_id
         group by r.model_scope_id, r.connection_id
@@ -229,8 +253,10 @@ begin
 
         if v_seen.refused_at is not null then
             v_base := least(s.ceiling, v_known.requests);
-            v_accepted := greatest(accepted_since(p_workspace_id, v_seen.scope_id,
-                p_now - interval '60 seconds'), 3);
+            v_accepted := greatest(3,
+                accepted_since(p_workspace_id, v_seen.scope_id, p_now - interval '60 seconds'),
+                case when v_is_young and s.refusals = 0 then
+                    11 * accepted_since(p_workspace_id, v_seen.scope_id, p_now - interval '5 seconds') end);
             if v_seen.refused_at > s.throttled_at then
                 -- Who states a limit and when to come back is believed, as long as it holds.
                 s.ceiling := greatest(least(
@@ -239,14 +265,15 @@ begin
                         when s.refusals > 0 then 1
                         when s.throttled_at > p_now - interval '10 seconds' then 0.9
                         else 0.98 end), 3);
-                if v_accepted < 0.9 * v_base then
+                if v_accepted < 0.9 * v_base and s.refusals = 0 then
                     -- Below the limit it was the burst, not the sum.
                     s.burst_share := greatest(s.burst_share / 2, 0.125);
                 end if;
-                s.raise_share := case when v_is_young then 1 else 0.06 end;
-                s.raise_at := p_now + case when v_is_young then interval '2 seconds'
-                    else make_interval(secs => 20 + 10 * random()) end;
-            elsif v_known.requests is null or v_seen.wait_s is null then
+                s.is_window := not v_is_young or s.refusals > 0;
+                s.raise_share := case when s.is_window then 0.5 else 1 end;
+                s.raise_at := p_now + case when not s.is_window then interval '2 seconds'
+                    else make_interval(secs => 25 + 10 * random()) end;
+            elsif s.is_window and (v_known.requests is null or v_seen.wait_s is null) then
                 s.ceiling := greatest(least(s.ceiling, v_accepted), 3);
             end if;
         end if;
@@ -258,7 +285,7 @@ begin
                 and r.connection_id = v_seen.connection_id
                 and r.model_scope_id = v_seen.scope_id;
             s.concurrency := greatest(
-                0.7 * least(s.concurrency, coalesce(v_running, 0) + cardinality(p_given)), 1);
+                0.7 * least(s.concurrency, coalesce(v_running, 0) + v_seen.settled), 1);
             s.slowed_at := p_now;
         end if;
         if v_seen.is_throttled then
@@ -267,7 +294,9 @@ begin
             v_rest := make_interval(secs => coalesce(v_seen.wait_s, case
                 when greatest(v_seen.refused_at, case when v_seen.is_overloaded then v_seen.overloaded_at end)
                     > s.throttled_at
-                then least(p_rest_s * 2 ^ least(s.refusals, 20), p_rest_most_s) * (1 + 0.1 * random())
+                -- Of a full minute something comes free all the time; the ledger holds back the rest.
+                then least(p_rest_s * 2 ^ least(s.refusals, case when s.is_window then 2 else 20 end),
+                    p_rest_most_s) * (1 + 0.1 * random())
             end, 0));
             s.blocked_until := greatest(s.blocked_until, p_now + v_rest);
             s.blocked_reason := v_seen.code;
@@ -295,14 +324,14 @@ begin
                 end if;
             end if;
             if (s.ceiling is not null or s.burst_share < 1) and p_now >= s.raise_at then
-                v_window := make_interval(secs => greatest(5, 120 / coalesce(s.ceiling, 120)));
+                v_window := make_interval(secs => case when s.is_window then 60
+                    else greatest(5, 120 / coalesce(s.ceiling, 120)) end);
                 if s.ceiling is null or accepted_since(p_workspace_id, v_seen.scope_id, p_now - v_window)
                     >= 0.7 * s.ceiling * extract(epoch from v_window) / 60
                 then
                     s.ceiling := s.ceiling * (1 + s.raise_share);
-                    s.raise_share := least(s.raise_share * 2, 1);
                     s.burst_share := least(s.burst_share * 1.25, 1);
-                    s.raise_at := p_now + case when v_is_young then interval '2 seconds'
+                    s.raise_at := p_now + case when not s.is_window then interval '2 seconds'
                         else interval '5 seconds' end;
                     if s.ceiling >= v_known.requests then
                         s.ceiling := null;
@@ -313,6 +342,7 @@ begin
         update scope_states t
         set blocked_until = s.blocked_until, blocked_reason = s.blocked_reason,
             throttled_at = s.throttled_at, refusals = s.refusals, ceiling = s.ceiling,
+            is_window = s.is_window,
             raise_at = s.raise_at, raise_share = s.raise_share, burst_share = s.burst_share,
             is_fresh = s.is_fresh, answered = s.answered, concurrency = s.concurrency,
             slowed_at = s.slowed_at

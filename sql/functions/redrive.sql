@@ -67,7 +67,7 @@ begin
     set failed = f.failed - back.items,
         pending = f.pending + back.items,
         is_open = true,
-        virtual_time = greatest(f.virtual_time, flow_entry(p_workspace_id, f.resource_id))
+        virtual_time = greatest(f.virtual_time, flow_entry(p_workspace_id, f.resource_id, f.priority))
     from (
         select i.resource_id, count(*)::int as items
         from items i
@@ -81,7 +81,7 @@ begin
         and f.batch_id = p_batch_id
         and f.resource_id = back.resource_id;
     update batches b
-    set status = 'running', completed_at = null
+    set status = 'running', completed_at = null, started_at = coalesce(b.started_at, v_now)
     where b.workspace_id = p_workspace_id
         and b.batch_id = p_batch_id
         and b.status in ('completed', 'failed');

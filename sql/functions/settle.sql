@@ -42,6 +42,7 @@ declare
     v_now timestamptz := clock_timestamp();
     v_given given_outcome[];
     v_given_now given_outcome[];
+    v_observed record;
     v_changed settled_item[];
     v_becomes work_status[];
     v_unsettled int[];
@@ -269,10 +270,17 @@ begin
     where v_becomes[g.ord] in ('completed', 'failed')
     on conflict do nothing;
 
-    -- 4. The ledger, in the slots of the claims; and what the provider counts beyond it, in the present one.
+    -- 4. The ledger, in the slots of the claims; and what the provider counts beyond it, in the present one. What
+    -- came late or again says nothing of now.
+    select array_agg(g) into v_given_now
+    from unnest(v_given) g
+    where v_becomes[g.ord] is not null;
     if p_observed is not null then
-        v_differences := coalesce(v_differences, '[]')
-            || coalesce(observe_limits(p_workspace_id, p_observed, v_now), '[]');
+        select * into v_observed
+        from observe_limits(p_workspace_id, p_observed,
+            array(select distinct g.resource_id from unnest(v_given_now) g), v_now);
+        v_differences := coalesce(v_differences, '[]') || coalesce(v_observed.differences, '[]');
+        v_freed := v_freed || v_observed.raised;
     end if;
     perform ledger_adjust(p_workspace_id, v_differences);
 
@@ -298,10 +306,7 @@ begin
         ) g
     ));
 
-    -- 6. What the replies teach. What came late or again says nothing of now.
-    select array_agg(g) into v_given_now
-    from unnest(v_given) g
-    where v_becomes[g.ord] is not null;
+    -- 6. What the replies teach.
     perform observe_outputs(p_workspace_id, v_given_now);
     perform observe_calls(p_workspace_id, v_given_now, v_now, p_rest_s, p_rest_most_s);
 
@@ -346,8 +351,8 @@ $$;
 comment on function items_change(uuid, settled_item[], timestamptz) is
     'Write the new state of locked items.';
 
--- Add differences to ledger slots: locked first, in key order, because two settlings share slots. A slot that
--- is not there was forgotten long ago; but what the provider counts beyond ours may need a new one.
+-- Add differences to ledger slots, one after the other in key order, because settlings and claims share slots. A slot
+-- that is not there was forgotten long ago; but what the provider counts beyond ours may need a new one.
 create or replace function ledger_adjust(p_workspace_id uuid, p_differences jsonb) returns void
 language plpgsql volatile
 as $$
@@ -355,51 +360,45 @@ begin
     if p_differences is null then
         return;
     end if;
-    insert into ledger (workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens)
-    select l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at), 0, 0, 0
-    from jsonb_to_recordset(p_differences) as d (
-        limit_id uuid, claimed_at timestamptz, outside_requests bigint
+    insert into ledger as g (
+        workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens, expected_output_tokens,
+        refused, outside_requests, outside_input_tokens, outside_output_tokens
     )
-    join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
-    where d.outside_requests is not null
-    order by l.limit_id
-    on conflict do nothing;
-    with difference as (
-        select l.limit_id, slot_of(l.period, l.sliding, d.claimed_at) as slot_at,
-            sum(d.requests) as requests, sum(d.input_tokens) as input_tokens,
-            sum(d.output_tokens) as output_tokens, sum(d.expected_output_tokens) as expected_output_tokens,
-            sum(d.refused) as refused, coalesce(sum(d.outside_requests), 0) as outside_requests,
+    select p_workspace_id, d.limit_id, d.slot_at, d.requests, d.input_tokens, d.output_tokens,
+        d.expected_output_tokens, d.refused, d.outside_requests, d.outside_input_tokens,
+        d.outside_output_tokens
+    from (
+        select l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at) as slot_at,
+            coalesce(sum(d.requests), 0) as requests, coalesce(sum(d.input_tokens), 0) as input_tokens,
+            coalesce(sum(d.output_tokens), 0) as output_tokens,
+            coalesce(sum(d.expected_output_tokens), 0) as expected_output_tokens,
+            coalesce(sum(d.refused), 0) as refused,
+            coalesce(sum(d.outside_requests), 0) as outside_requests,
             coalesce(sum(d.outside_input_tokens), 0) as outside_input_tokens,
-            coalesce(sum(d.outside_output_tokens), 0) as outside_output_tokens
+            coalesce(sum(d.outside_output_tokens), 0) as outside_output_tokens,
+            bool_or(d.outside_requests is not null) as is_outside
         from jsonb_to_recordset(p_differences) as d (
             limit_id uuid, claimed_at timestamptz, requests bigint, input_tokens bigint,
             output_tokens bigint, expected_output_tokens bigint, refused bigint, outside_requests bigint,
             outside_input_tokens bigint, outside_output_tokens bigint
         )
         join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
-        group by l.limit_id, slot_of(l.period, l.sliding, d.claimed_at)
-    ),
-    held as materialized (
-        select g.limit_id, g.slot_at, d.requests, d.input_tokens, d.output_tokens,
-            d.expected_output_tokens, d.refused, d.outside_requests, d.outside_input_tokens,
-            d.outside_output_tokens
-        from ledger g
-        join difference d on d.limit_id = g.limit_id and d.slot_at = g.slot_at
-        where g.workspace_id = p_workspace_id
-        order by g.limit_id, g.slot_at
-        for no key update of g
+        group by l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at)
+    ) d
+    where d.is_outside or exists (
+        select from ledger h
+        where h.workspace_id = d.workspace_id and h.limit_id = d.limit_id and h.slot_at = d.slot_at
     )
-    update ledger g
-    set requests = g.requests + coalesce(h.requests, 0),
-        input_tokens = g.input_tokens + coalesce(h.input_tokens, 0),
-        output_tokens = g.output_tokens + coalesce(h.output_tokens, 0),
-        expected_output_tokens = g.expected_output_tokens + coalesce(h.expected_output_tokens, 0),
-        refused = g.refused + coalesce(h.refused, 0),
-        outside_requests = g.outside_requests + h.outside_requests,
-        outside_input_tokens = g.outside_input_tokens + h.outside_input_tokens,
-        outside_output_tokens = g.outside_output_tokens + h.outside_output_tokens
-    from held h
-    where g.workspace_id = p_workspace_id and g.limit_id = h.limit_id and g.slot_at = h.slot_at;
+    order by d.limit_id, d.slot_at
+    on conflict on constraint ledger_pkey do update
+    set requests = g.requests + excluded.requests,
+        input_tokens = g.input_tokens + excluded.input_tokens,
+        output_tokens = g.output_tokens + excluded.output_tokens,
+        expected_output_tokens = g.expected_output_tokens + excluded.expected_output_tokens,
+        refused = g.refused + excluded.refused,
+        outside_requests = g.outside_requests + excluded.outside_requests,
+        outside_input_tokens = g.outside_input_tokens + excluded.outside_input_tokens,
+        outside_output_tokens = g.outside_output_tokens + excluded.outside_output_tokens;
 end
 $$;
 comment on function ledger_adjust(uuid, jsonb) is 'Add differences to ledger slots, locked in order.';
@@ -439,7 +438,9 @@ begin
         for no key update;
         with released as (
             update flows f
-            set waits_until = '-infinity', waits_for = null
+            set waits_until = '-infinity', waits_for = null,
+                virtual_time = greatest(f.virtual_time,
+                    flow_entry(f.workspace_id, f.resource_id, f.priority))
             where f.workspace_id = p_workspace_id and f.is_open and f.waits_for = any (p_freed)
             returning f.resource_id
         )
@@ -465,16 +466,19 @@ begin
         group by c.batch_id, c.resource_id
         order by c.batch_id, c.resource_id
     loop
-        select f.is_cancelled, f.pending, f.virtual_time, f.waits_for into strict v_held
+        select f.is_cancelled, f.pending, f.virtual_time, f.waits_for, f.priority into strict v_held
         from flows f
         where f.workspace_id = p_workspace_id
             and f.batch_id = v_flow.batch_id
             and f.resource_id = v_flow.resource_id
         for no key update;
         -- What waited for nothing but its own calls re-enters at the virtual time of the others.
-        if v_held.pending = 0 and v_flow.to_pending > 0 and not v_held.is_cancelled then
-            v_held.virtual_time := greatest(
-                v_held.virtual_time, flow_entry(p_workspace_id, v_flow.resource_id));
+        -- So does what waited for a limit of its own.
+        if v_held.pending = 0 and v_flow.to_pending > 0 and not v_held.is_cancelled
+            or v_held.waits_for is not null
+        then
+            v_held.virtual_time := greatest(v_held.virtual_time,
+                flow_entry(p_workspace_id, v_flow.resource_id, v_held.priority));
         end if;
         update flows f
         set running = f.running - v_flow.left_running,
@@ -491,7 +495,8 @@ begin
             input_tokens = f.input_tokens + coalesce(v_flow.input_tokens, 0),
             output_tokens = f.output_tokens + coalesce(v_flow.output_tokens, 0),
             virtual_time = greatest(
-                v_held.virtual_time + coalesce(v_flow.drift, 0) / f.weight, 0),
+                v_held.virtual_time + coalesce(v_flow.drift, 0)
+                    / (f.weight * urgency(f.created_at, f.expires_at, p_now)), 0),
             -- A limit of its own may have room now.
             waits_until = '-infinity',
             waits_for = null,
@@ -582,7 +587,17 @@ begin
         set next_at = least(v_due.due_at, case when wakes then p_now end), reason = null, waits_for = null
         from (
             select o.resource_id,
-                o.waits_for = any (p_freed) or o.reason = 'concurrency' as wakes
+                o.waits_for = any (p_freed)
+                or o.reason = 'concurrency'
+                -- The call sent ahead after a refusal was answered.
+                or o.reason = 'cooldown' and not exists (
+                    select from resources c
+                    join scope_states t on t.workspace_id = c.workspace_id
+                        and t.scope_id in (c.model_scope_id, c.connection_id)
+                    where c.workspace_id = o.workspace_id
+                        and c.resource_id = o.resource_id
+                        and (t.blocked_until > p_now or t.refusals > 0)
+                ) as wakes
             from ready o
             where o.workspace_id = p_workspace_id and o.resource_id = v_due.resource_id
         ) w
@@ -599,37 +614,43 @@ $$;
 comment on function ready_change(uuid, settled_item[], uuid[], uuid[], timestamptz) is
     'Make known when resources have work or capacity again.';
 
--- The virtual time at which a flow of a resource (re-)enters: that of the one served next, or else of the one
--- served last. A flow that waits for later retries is neither.
-create or replace function flow_entry(p_workspace_id uuid, p_resource_id uuid)
+-- The virtual time at which a flow of a resource (re-)enters: that of the one served next of its priority, or else
+-- of the one served last; of any priority if there is none of its own. A flow that waits for later retries or for a
+-- limit of its own is neither.
+create or replace function flow_entry(p_workspace_id uuid, p_resource_id uuid, p_priority smallint)
 returns double precision
 language sql stable
 as $$
     select coalesce(
-        min(f.virtual_time) filter (
-            where f.unstarted > 0
-                or f.pending > 0 and exists (
-                    select from items i
-                    where i.workspace_id = f.workspace_id
-                        and i.batch_day = f.batch_day
-                        and i.batch_id = f.batch_id
-                        and i.resource_id = f.resource_id
-                        and i.status = 'pending'
-                        and i.attempt > 0
-                        and i.visible_at <= clock_timestamp()
-                )
-        ),
+        min(f.virtual_time) filter (where is_next and f.priority = p_priority),
+        max(f.virtual_time) filter (where f.priority = p_priority),
+        min(f.virtual_time) filter (where is_next),
         max(f.virtual_time),
         0
     )
     from flows f
+    cross join lateral (
+        select f.waits_for is null and (
+            f.unstarted > 0
+            or f.pending > 0 and exists (
+                select from items i
+                where i.workspace_id = f.workspace_id
+                    and i.batch_day = f.batch_day
+                    and i.batch_id = f.batch_id
+                    and i.resource_id = f.resource_id
+                    and i.status = 'pending'
+                    and i.attempt > 0
+                    and i.visible_at <= clock_timestamp()
+            )
+        ) as is_next
+    ) n
     where f.workspace_id = p_workspace_id
         and f.resource_id = p_resource_id
         and f.is_open
         and not f.is_paused
         and not f.is_cancelled
 $$;
-comment on function flow_entry(uuid, uuid) is 'Virtual time at which a flow of a resource enters.';
+comment on function flow_entry(uuid, uuid, smallint) is 'Virtual time at which a flow of a resource enters.';
 
 -- End a batch when all of its flows have ended. The caller holds the flows it changed; the batch's row
 -- lock makes the last of several settlings see what the others committed.

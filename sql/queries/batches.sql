@@ -20,7 +20,7 @@ insert into flows (
     total, unstarted, pending
 )
 select %(workspace_id)s, %(batch_id)s, g.resource_id, %(batch_day)s, %(priority)s, %(weight)s, %(expires_at)s,
-    %(scope_ids)s, flow_entry(%(workspace_id)s, g.resource_id), g.items, g.items, g.items
+    %(scope_ids)s, flow_entry(%(workspace_id)s, g.resource_id, %(priority)s::smallint), g.items, g.items, g.items
 from unnest(%(resource_ids)s::uuid[], %(items)s::int[]) as g (resource_id, items)
 order by g.resource_id;
 
@@ -129,9 +129,28 @@ with held as (
 )
 update flows f
 set is_paused = false,
-    virtual_time = greatest(f.virtual_time, flow_entry(f.workspace_id, f.resource_id))
+    virtual_time = greatest(f.virtual_time, flow_entry(f.workspace_id, f.resource_id, f.priority))
 from held h
 where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
+
+-- name: flows_lock
+-- Lock a batch's flows in order, as whoever changes a batch does first.
+select f.resource_id
+from flows f
+where f.workspace_id = %(workspace_id)s and f.batch_id = %(batch_id)s
+order by f.resource_id
+for no key update;
+
+-- name: batch_lock
+-- Lock a batch's row, after its flows, and see what steers it.
+select status::text as status, priority, weight::double precision as weight, expires_at, capacity
+from batches
+where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s
+for no key update;
+
+-- name: now
+-- The present.
+select clock_timestamp() as now;
 
 -- name: batch_change
 -- Change what steers a running batch. Its row is locked after its flows: see flows_steer.
@@ -140,7 +159,8 @@ set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s, c
 where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s;
 
 -- name: flows_steer
--- The same for its flows, locked in order; effective at the next claim.
+-- The same for its flows, locked in order; effective at the next claim. A flow whose priority changes enters its
+-- new company at the virtual time of the one that is served next there: neither in debt nor with savings.
 with held as (
     select f.workspace_id, f.batch_id, f.resource_id
     from flows f
@@ -149,7 +169,19 @@ with held as (
     for no key update
 )
 update flows f
-set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s
+set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s,
+    virtual_time = case when f.priority = %(priority)s then f.virtual_time else coalesce((
+        select min(o.virtual_time)
+        from flows o
+        where o.workspace_id = f.workspace_id
+            and o.resource_id = f.resource_id
+            and o.is_open
+            and not o.is_paused
+            and not o.is_cancelled
+            and o.pending > 0
+            and o.priority = %(priority)s
+            and o.batch_id <> f.batch_id
+    ), f.virtual_time) end
 from held h
 where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
 

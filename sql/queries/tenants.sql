@@ -204,6 +204,24 @@ insert into limit_scopes (workspace_id, scope_id, kind)
 values (%(workspace_id)s, %(scope_id)s, %(kind)s::scope_kind)
 on conflict do nothing;
 
+-- name: scopes_lock
+-- The mutexes of a scope and of the values of its dimensions, in key order: claims that set flows aside for these
+-- limits have committed when this returns, and are found by flows_wake.
+select 1 as locked
+from limit_scopes s
+where s.workspace_id = %(workspace_id)s
+    and (
+        s.scope_id = %(scope_id)s
+        or s.scope_id in (
+            select v.scope_id
+            from limits l
+            join limits v on v.workspace_id = l.workspace_id and v.parent_id = l.limit_id
+            where l.workspace_id = %(workspace_id)s and l.scope_id = %(scope_id)s
+        )
+    )
+order by s.scope_id
+for no key update;
+
 -- name: limit_insert
 -- A limit on a scope.
 insert into limits (
@@ -263,12 +281,21 @@ with waiting as (
     where f.workspace_id = %(workspace_id)s
         and f.is_open
         and f.waits_for is not null
-        and %(scope_id)s = any (f.scope_ids)
+        and (
+            %(scope_id)s = any (f.scope_ids)
+            or exists (
+                select from resources r
+                where r.workspace_id = f.workspace_id
+                    and r.resource_id = f.resource_id
+                    and %(scope_id)s in (r.resource_id, r.connection_id)
+            )
+        )
     order by f.batch_id, f.resource_id
     for no key update
 )
 update flows f
-set waits_until = '-infinity', waits_for = null
+set waits_until = '-infinity', waits_for = null,
+    virtual_time = greatest(f.virtual_time, flow_entry(f.workspace_id, f.resource_id, f.priority))
 from waiting w
 where f.workspace_id = w.workspace_id and f.batch_id = w.batch_id and f.resource_id = w.resource_id;
 

@@ -131,6 +131,7 @@ class Service(Server):
                 alone=True,
                 guard_s=1.0,
                 burst_s=60,
+                slow_start=0,
                 grace_s=60.0,
             )
         self.ring(taken.items)

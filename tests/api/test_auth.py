@@ -65,7 +65,7 @@ async def ids_of(service: Service) -> dict[str, object]:
 
 async def test_there_are_doors_to_try(service: Service) -> None:
     found = list(doors(service))
-    assert len(found) == len(set(found)) == 14
+    assert len(found) == len(set(found)) == 22
 
 
 async def test_no_route_opens_without_a_key_or_with_an_unknown_one(service: Service) -> None:
@@ -196,6 +196,8 @@ async def test_a_confined_key_uses_its_resources_only(service: Service) -> None:
     assert made.json()["errorCode"] == "API_KEY_RESOURCE_NOT_AUTHORIZED"
     assert made.json()["details"] == {"resourceIds": [str(second)]}
     assert made.json()["errorMessage"].count(str(second)) == 1
+    guessed = await service.http.post(f"{service.batches}/estimate", json=body, headers=confined)
+    assert (guessed.status_code, guessed.json()) == (403, made.json())
 
     item = item_id(UUID(batch_id), 0)
     for method, path in [
@@ -204,6 +206,11 @@ async def test_a_confined_key_uses_its_resources_only(service: Service) -> None:
         ("GET", f"{service.batches}/{batch_id}/events"),
         ("GET", f"{service.batches}/{batch_id}/{item}"),
         ("POST", f"{service.batches}/{batch_id}/cancel"),
+        ("POST", f"{service.batches}/{batch_id}/pause"),
+        ("POST", f"{service.batches}/{batch_id}/resume"),
+        ("PATCH", f"{service.batches}/{batch_id}"),
+        ("GET", f"{service.batches}/{batch_id}/capacity-usage"),
+        ("GET", f"/v1/ai-resource/{service.tenant}/{second}/capacity-usage"),
         ("GET", f"/v1/ai-resource/{service.tenant}/{second}"),
     ]:
         answer = await service.http.request(method, path, headers=confined)
@@ -229,6 +236,8 @@ async def test_a_confined_key_cannot_widen_its_reach(service: Service) -> None:
         assert (made.status_code, made.json()["errorCode"]) == (403, "NOT_AUTHORIZED")
     for path in (
         f"ai-connection/{service.tenant}/{service.connection_id}",
+        f"ai-connection/{service.tenant}/{service.connection_id}/capacity-usage",
         f"api-key/{service.tenant}/{service.key_id}",
+        f"api-key/{service.tenant}/{service.key_id}/capacity-usage",
     ):
         assert (await service.http.get(f"/v1/{path}", headers=confined)).status_code == 403

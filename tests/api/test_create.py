@@ -316,12 +316,12 @@ async def test_problems_of_the_head_are_named_by_their_paths(service: Service) -
             "name": "x" * 201,
             "metadata": [],
             "idempotencyKey": "",
-            "capacity": [{"period": "MINUTE", "requests": 1}],
+            "capacity": [{"period": "MINUTES", "requests": 1}],
             "items": [],
         },
     )
     assert sorted(paths(told)) == [
-        "capacity", "idempotencyKey", "items", "maxAttempts", "metadata", "name", "priority", "type",
+        "capacity[0].period", "idempotencyKey", "items", "maxAttempts", "metadata", "name", "priority", "type",
     ]  # fmt: skip
     assert paths(await refused(service, {})) == ["type", "items"]
     assert paths(await refused(service, {"type": "ASYNC", "items": {}})) == ["items"]

@@ -33,6 +33,7 @@ async def test_a_connection_keeps_its_secrets(service: Service) -> None:
             "baseUrl": "http://127.0.0.1:8000/v1/",
             "headers": {"X-Org": "org-secret"},
             "timeoutMs": 5000,
+            "concurrency": 3,
             "capacity": CAPACITY,
             "allowedModels": ["a", "b"],
         },
@@ -40,6 +41,7 @@ async def test_a_connection_keeps_its_secrets(service: Service) -> None:
     assert made["baseUrl"] == "http://127.0.0.1:8000/v1"
     assert made["config"] == {"baseUrl": "http://127.0.0.1:8000/v1", "apiKey": "********"}
     assert made["headers"] == {"X-Org": "********"}
+    assert made["concurrency"] == 3
     assert [c["period"] for c in made["capacity"]] == ["minute", "day", "hour", "week"]
     assert [c["enabled"] for c in made["capacity"]] == [True, False, True, True]
     read = await service.http.get(f"/v1/ai-connection/{service.tenant}/{made['connectionId']}")
@@ -90,7 +92,23 @@ WRONG_CONNECTIONS: list[tuple[Json, str]] = [
     ({"capacity": [{"period": "day", "requests": -1}]}, "capacity[0].requests"),
     ({"capacity": [{"period": "day", "tokens": 1.5}]}, "capacity[0].tokens"),
     ({"capacity": [{"period": "day", "enabled": "yes"}]}, "capacity[0].enabled"),
-    ({"capacity": [{"period": "day", "dimension": "source-ip"}]}, "capacity[0].dimension"),
+    ({"capacity": [{"period": "day", "inputTokens": -1}]}, "capacity[0].inputTokens"),
+    ({"capacity": [{"period": "day", "outputTokens": "9"}]}, "capacity[0].outputTokens"),
+    ({"capacity": [{"period": "day", "window": "rolling"}]}, "capacity[0].window"),
+    ({"capacity": [{"period": "lifetime", "window": "sliding"}]}, "capacity[0].window"),
+    ({"capacity": [{"period": "day", "dimension": "colour"}]}, "capacity[0].dimension"),
+    ({"capacity": [{"period": "day", "dimension": "metadata"}]}, "capacity[0].dimension"),
+    ({"capacity": [{"period": "day", "dimensionField": "team"}]}, "capacity[0].dimension"),
+    (
+        {
+            "capacity": [
+                {"period": "day", "dimension": "metadata", "dimensionField": ""},
+            ]
+        },
+        "capacity[0].dimensionField",
+    ),
+    ({"concurrency": 0}, "concurrency"),
+    ({"concurrency": 2.5}, "concurrency"),
 ]
 
 

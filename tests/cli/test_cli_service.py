@@ -157,6 +157,53 @@ def test_detaching_leaves_the_server_at_work(cli: Cli, up: Up, provider: Provide
     provider.drop_calls()
 
 
+def test_a_batch_is_steered_and_says_what_it_waits_for(cli: Cli, up: Up) -> None:
+    place = f"{up.told['workspaceId']}/{up.told['environmentId']}"
+    with httpx.Client(
+        base_url=f"{up.told['url']}/v1", headers={"x-api-key": up.told["key"]}, trust_env=False
+    ) as http:
+        connection = http.post(
+            f"/ai-connection/{place}", json={"name": "none", "baseUrl": "http://127.0.0.1:9/v1"}
+        ).json()
+        model = {"model": "m", "connectionId": connection["connectionId"]}
+        http.post(f"/ai-resource/{place}", json={"name": "none", "model": model})
+        item = {"resource": "none", "request": {"messages": [{"role": "user", "content": "a"}]}}
+        batch_id = http.post(
+            f"/completion-batch/{place}",
+            json={
+                "type": "ASYNC",
+                "name": "slow",
+                "items": [item] * 3,
+                "capacity": [{"period": "lifetime", "requests": 1}],
+            },
+        ).json()["batchId"]
+
+    def told(verb: str, *more: str) -> str:
+        ended = cli.run("batches", verb, batch_id, *more, *up.at)
+        assert ended.exit_code == 0, ended.stderr
+        return ended.stdout
+
+    limit = "the limit of 1 requests per lifetime of batch 'slow'"
+    until(lambda: limit in told("show"), what="it waits for its limit")
+    assert "waits for   its resumption; it is paused" in told("pause")
+    steered = told("set", "--priority", "5", "--weight", "2.5", "--expires", "24h")
+    assert "priority    5\n" in steered
+    assert "weight      2.5\n" in steered
+    assert "deadline    2" in steered
+    assert "deadline" not in told("set", "--expires", "never")
+    assert "2099-01-01T00:00:00.000Z" in told("set", "--expires", "2099-01-01T00:00:00Z")
+    assert "its resumption" not in told("resume")
+    nothing = cli.run("batches", "set", batch_id, *up.at)
+    assert (nothing.exit_code, "Nothing to change" in nothing.stderr) == (2, True)
+    wrong = cli.run("batches", "set", batch_id, "--expires", "soon", *up.at)
+    assert wrong.exit_code == 1
+    assert "such as 30m, 24h or 7d" in wrong.stderr
+    told("cancel")
+    ended = cli.run("batches", "pause", batch_id, *up.at)
+    assert ended.exit_code == 1
+    assert "has already ended: CANCELLED" in ended.stderr
+
+
 def test_wrong_key_and_silent_server_are_told(cli: Cli, up: Up) -> None:
     wrong = cli.run("batches", "list", "--server", up.told["url"], "--key", "slk_wrong")
     assert wrong.exit_code == 1
