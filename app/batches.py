@@ -765,10 +765,11 @@ async def clock(conn: Connection) -> datetime:
 
 
 async def hold(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> Steering:
-    """Lock a batch until the commit, its flows first; what steers it now.
+    """Lock a batch until the commit: its limits' mutex, its flows, its row; what steers it now.
 
     Raises ConflictError when it has ended or was cancelled, after which nothing steers it.
     """
+    await capacity.lock_scope(conn, workspace_id=workspace_id, scope_id=batch_id)
     await _flows_lock.run(conn, workspace_id=workspace_id, batch_id=batch_id)
     held = await _batch_lock.one(conn, workspace_id=workspace_id, batch_id=batch_id)
     if held.status in TERMINAL:

@@ -307,6 +307,14 @@ async def open_scope(
     await set_limits(conn, workspace_id=workspace_id, scope_id=scope_id, amounts=amounts)
 
 
+async def lock_scope(conn: Connection, *, workspace_id: UUID, scope_id: UUID) -> None:
+    """Keep claims away from a scope's limits, and those of its dimensions' values, until the commit.
+
+    The first lock of a transaction that takes others (sql/README.md, lock order).
+    """
+    await _scopes_lock.all(conn, workspace_id=workspace_id, scope_id=scope_id)
+
+
 async def set_limits(
     conn: Connection, *, workspace_id: UUID, scope_id: UUID, amounts: Sequence[Amount]
 ) -> list[UUID]:
@@ -316,7 +324,7 @@ async def set_limits(
     keeps its account, so what was used stays used.
     """
     wanted = _tightest(amounts)
-    await _scopes_lock.all(conn, workspace_id=workspace_id, scope_id=scope_id)
+    await lock_scope(conn, workspace_id=workspace_id, scope_id=scope_id)
     for limit in await _limits_of.all(conn, workspace_id=workspace_id, scope_ids=[scope_id]):
         amount = wanted.pop(limit.amount.account, None)
         if amount is None:
@@ -349,6 +357,11 @@ async def set_limits(
         for batch in await _scope_batches.all(conn, workspace_id=workspace_id, scope_id=scope_id):
             await attach_dimensions(conn, workspace_id=workspace_id, batch_id=batch.batch_id)
     await _flows_wake.run(conn, workspace_id=workspace_id, scope_id=scope_id)
+    return await wake(conn, workspace_id=workspace_id, scope_id=scope_id)
+
+
+async def wake(conn: Connection, *, workspace_id: UUID, scope_id: UUID) -> list[UUID]:
+    """Let the resources that a scope binds be looked at again; those to ring for."""
     woken = await _ready_wake.all(conn, workspace_id=workspace_id, scope_id=scope_id)
     return [row.resource_id for row in woken]
 

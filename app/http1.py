@@ -76,6 +76,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[Reply] | None = None
         self._most_bytes = 0
         self._reset()
+        self._complete = True  # nothing has been asked yet
 
     def _reset(self) -> None:
         self._status: int | None = None
@@ -116,7 +117,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether the last exchange left nothing behind."""
+        """Whether the last exchange, if there was one, left nothing behind."""
         return (
             self._complete
             and not self._is_spent

@@ -17,6 +17,7 @@ n/a             the provider was closed before or meanwhile Unreachable  closed
 n/a             name not found                              Unreachable  dns          (not sent)
 n/a             no connection, or none within 10 s          Unreachable  connect      (not sent)
 n/a             TLS refused                                 Unreachable  tls          (not sent)
+n/a             no connection before ``send_by``            Unreachable  late         (not sent)
 any             not finished after ``timeout_s``            Unreachable  timeout      (sent, unless it
                                                                          still waited or connected)
 any             connection closed too early                 Unreachable  cut
@@ -96,6 +97,7 @@ class Call:
     ``default_args`` is a JSON object too; its keys count where ``body`` does not have them.
     ``headers`` cannot replace what frames the message (host, length, encoding, connection).
     ``timeout_s`` bounds everything from the wait for a free connection to the last byte.
+    ``send_by``: by `time.monotonic`; a call whose connection is there later is not sent (``late``).
     """
 
     base_url: str
@@ -107,6 +109,7 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     default_args: bytes | None = field(default=None, repr=False)
     idempotency_key: str | None = None
+    send_by: float | None = None
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -227,6 +230,9 @@ class Provider:
                 connection = self._connections.idle(target.origin)
                 if connection is None:
                     connection = await self._connections.open(target.origin)
+                if call.send_by is not None and time.monotonic() > call.send_by:
+                    self._connections.give_back(connection)
+                    raise FaultError("late", "There was no connection in time.")  # noqa: TRY301
                 sent = True
                 reply = await connection.exchange(request, most_bytes=self._max_response_bytes)
                 self._connections.give_back(connection)

@@ -68,6 +68,7 @@ class Claimed:
     body: str
     claimed_at: datetime
     limit_ids: list[UUID] | None
+    is_limited: bool
     busy: bool
     isolated: bool
     next_at: datetime | None
@@ -78,7 +79,10 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """An item under lease: what to ask, and what its claim reserved."""
+    """An item under lease: what to ask, and what its claim reserved.
+
+    ``is_limited``: some limit counts it, so its call must leave soon after the claim, or not at all.
+    """
 
     workspace_id: UUID
     resource_id: UUID
@@ -96,6 +100,7 @@ class Item:
     body: str
     claimed_at: datetime
     limit_ids: tuple[UUID, ...]
+    is_limited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,6 +377,7 @@ async def claim(
             body=row.body,
             claimed_at=row.claimed_at,
             limit_ids=tuple(row.limit_ids or ()),
+            is_limited=row.is_limited,
         )
         for row in rows
         if row.seq is not None

@@ -58,7 +58,7 @@ class Settings(BaseModel):
     backoff_base_s: float = Field(default=1.0, gt=0, description="first retry waits up to this")
     backoff_cap_s: float = Field(default=60.0, gt=0, description="no retry waits longer than this")
     guard_s: float = Field(
-        default=1.0, ge=0, description="a call not sent this soon after its claim is given back"
+        default=0.75, ge=0, description="a call not sent this soon after its claim is given back"
     )
     burst_s: float = Field(
         default=0.3,

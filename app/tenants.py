@@ -148,7 +148,7 @@ class _Locked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _ConnectionLocked:
+class _RowLocked:
     locked: int
 
 
@@ -172,15 +172,20 @@ _environment_named = Query("tenants", "environment_named", Environment)
 _api_key_insert = Query("tenants", "api_key_insert", NoRow)
 _api_key_by_hash = Query("tenants", "api_key_by_hash", ApiKey)
 _api_key_get = Query("tenants", "api_key_get", ApiKeyEntity)
+_api_key_lock = Query("tenants", "api_key_lock", _RowLocked)
+_api_key_change = Query("tenants", "api_key_change", NoRow)
 _api_key_used = Query("tenants", "api_key_used", NoRow)
 _api_key_allow = Query("tenants", "api_key_allow", _KeyId)
 _connection_insert = Query("tenants", "connection_insert", NoRow)
 _connection_get = Query("tenants", "connection_get", ProviderConnection)
 _connection_named = Query("tenants", "connection_named", ProviderConnection)
 _connection_set_secret = Query("tenants", "connection_set_secret", NoRow)
+_connection_change = Query("tenants", "connection_change", NoRow)
+_resource_lock = Query("tenants", "resource_lock", _RowLocked)
+_resource_change = Query("tenants", "resource_change", NoRow)
 _resource_insert = Query("tenants", "resource_insert", NoRow)
 _resource_state_insert = Query("tenants", "resource_state_insert", NoRow)
-_connection_lock = Query("tenants", "connection_lock", _ConnectionLocked)
+_connection_lock = Query("tenants", "connection_lock", _RowLocked)
 _model_scope = Query("tenants", "model_scope", _ModelScope)
 _resource_get = Query("tenants", "resource_get", Resource)
 _resource_named = Query("tenants", "resource_named", Resource)
@@ -290,6 +295,41 @@ async def api_key_entity(
     )
 
 
+async def lock_api_key(conn: Connection, *, workspace_id: UUID, api_key_id: UUID) -> None:
+    """Keep claims from a key's limits, and others from changing it, until the commit."""
+    await capacity.lock_scope(conn, workspace_id=workspace_id, scope_id=api_key_id)
+    await _api_key_lock.one(conn, workspace_id=workspace_id, api_key_id=api_key_id)
+
+
+async def change_api_key(
+    conn: Connection, *, to: ApiKeyEntity, amounts: Sequence[Amount] | None = None
+) -> list[UUID]:
+    """Change a key that is locked, effective at once; the resources to ring for.
+
+    ``amounts``: its limits from now on, unless it does not enforce them. None: as they are.
+    """
+    await _api_key_change.run(
+        conn,
+        workspace_id=to.workspace_id,
+        api_key_id=to.api_key_id,
+        description=to.description,
+        enabled=to.enabled,
+        resources=to.resources,
+        labels=to.labels,
+        enforce_capacity=to.enforce_capacity,
+        capacity=Jsonb(to.capacity),
+        expires_at=to.expires_at,
+    )
+    if amounts is None:
+        return []
+    return await capacity.set_limits(
+        conn,
+        workspace_id=to.workspace_id,
+        scope_id=to.api_key_id,
+        amounts=amounts if to.enforce_capacity else (),
+    )
+
+
 async def note_api_key_used(conn: Connection, *, key: ApiKey) -> None:
     """Keep a key's last use, to the minute."""
     await _api_key_used.run(conn, workspace_id=key.workspace_id, api_key_id=key.api_key_id)
@@ -377,6 +417,43 @@ async def connection_named(
     return await _connection_named.one_or_none(
         conn, workspace_id=workspace_id, environment_id=environment_id, name=name
     )
+
+
+async def lock_connection(conn: Connection, *, workspace_id: UUID, connection_id: UUID) -> None:
+    """Keep claims from a connection's limits, and others from changing it, until the commit."""
+    await capacity.lock_scope(conn, workspace_id=workspace_id, scope_id=connection_id)
+    await _connection_lock.one(conn, workspace_id=workspace_id, connection_id=connection_id)
+
+
+async def change_connection(
+    conn: Connection,
+    *,
+    held: ProviderConnection,
+    to: ProviderConnection,
+    amounts: Sequence[Amount] | None = None,
+) -> list[UUID]:
+    """Change a connection that is locked, effective at the next claim; the resources to ring for.
+
+    Its address, provider and secret stay. ``amounts``: its limits from now on. None: as they are.
+    """
+    await _connection_change.run(
+        conn,
+        workspace_id=to.workspace_id,
+        connection_id=to.connection_id,
+        description=to.description,
+        headers=Jsonb(to.headers),
+        allowed_models=to.allowed_models,
+        capacity=Jsonb(to.capacity),
+        timeout_ms=to.timeout_ms,
+        concurrency=to.concurrency,
+    )
+    if amounts is not None:
+        return await capacity.set_limits(
+            conn, workspace_id=to.workspace_id, scope_id=to.connection_id, amounts=amounts
+        )
+    if to.concurrency != held.concurrency:
+        return await capacity.wake(conn, workspace_id=to.workspace_id, scope_id=to.connection_id)
+    return []
 
 
 async def set_secret(
@@ -482,6 +559,43 @@ async def resource_named(
     return await _resource_named.one_or_none(
         conn, workspace_id=workspace_id, environment_id=environment_id, name=name
     )
+
+
+async def lock_resource(conn: Connection, *, workspace_id: UUID, resource_id: UUID) -> None:
+    """Keep claims from a resource, and others from changing it, until the commit."""
+    await capacity.lock_scope(conn, workspace_id=workspace_id, scope_id=resource_id)
+    await _resource_lock.one(conn, workspace_id=workspace_id, resource_id=resource_id)
+
+
+async def change_resource(
+    conn: Connection, *, held: Resource, to: Resource, amounts: Sequence[Amount] | None = None
+) -> list[UUID]:
+    """Change a resource that is locked, effective at the next claim; the resources to ring for.
+
+    Its model and connection stay. ``amounts``: its limits from now on, unless it does not enforce
+    them. None: as they are.
+    """
+    await _resource_change.run(
+        conn,
+        workspace_id=to.workspace_id,
+        resource_id=to.resource_id,
+        description=to.description,
+        default_args=Jsonb(to.default_args),
+        capacity=Jsonb(to.capacity),
+        enforce_capacity=to.enforce_capacity,
+        timeout_ms=to.timeout_ms,
+        concurrency=to.concurrency,
+    )
+    if amounts is not None:
+        return await capacity.set_limits(
+            conn,
+            workspace_id=to.workspace_id,
+            scope_id=to.resource_id,
+            amounts=amounts if to.enforce_capacity else (),
+        )
+    if to.concurrency != held.concurrency:
+        return await capacity.wake(conn, workspace_id=to.workspace_id, scope_id=to.resource_id)
+    return []
 
 
 async def set_timeout(

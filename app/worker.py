@@ -336,8 +336,9 @@ class Worker:
             log.error("call.broken", reason=type(error).__name__)
 
     async def _call(self, item: Item, target: _Target, claim_begun: float) -> None:
-        if item.limit_ids and time.monotonic() - claim_begun > self._settings.guard_s:
-            # Sent now, it could arrive in a window that the ledger has already given away.
+        # Sent later, it could arrive in a window that the ledger has already given away.
+        send_by = claim_begun + self._settings.guard_s if item.is_limited else None
+        if send_by is not None and time.monotonic() > send_by:
             self._settle_unsent(item, Outcome.unsent, None, None)
             return
         route = target.route
@@ -353,6 +354,7 @@ class Worker:
             default_args=target.default_args,
             # The same for every attempt of an item: a provider that honours it bills it once.
             idempotency_key=f"sluice-{item.batch_id}-{item.seq}",
+            send_by=send_by,
         )
         try:
             outcome = await self._provider.call(call)
@@ -362,6 +364,9 @@ class Worker:
             settlement.error_code = "aborted"
             settlement.error_message = "the worker was stopped during the call"
             self._finish(item, settlement, None)
+            return
+        if isinstance(outcome, Unreachable) and outcome.code == "late":
+            self._settle_unsent(item, Outcome.unsent, None, None)
             return
         settlement, body = self._recorded(item, route, outcome)
         settlement.started_at = started_at

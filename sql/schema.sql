@@ -50,7 +50,7 @@ comment on type event_kind is 'What happened; the same word is the action of an 
 
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
-    entry double precision, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
+    entry double precision, started int, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
 );
 comment on type claim_flow is 'Scratch of claim(): a flow that is eligible. Never stored.';
 
@@ -416,7 +416,7 @@ create table ledger (
     constraint ledger_pkey primary key (workspace_id, limit_id, slot_at)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 comment on table ledger is
-    'What of each limit is used, in slots: half a second of a minute, a 120th of other sliding periods, a '
+    'What of each limit is used, in slots: a quarter second of a minute, a 120th of other sliding periods, a '
     'whole calendar period. '
     'Claims add reservations, settling replaces them by true usage in the slot of the claim. No '
     'check on totals: a paid answer may exceed its reservation and must be recorded.';

@@ -11,8 +11,9 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from app import queue
+from app import batches, queue
 from app.batches import Batch
+from app.capacity import Amount
 from app.db import Connection, Database
 from app.ids import uuid7
 from app.queue import Claim, Item, Outcome
@@ -757,3 +758,31 @@ async def test_a_worker_id_is_no_password(scene: Scene) -> None:
     await scene.submit(1)
     items = (await scene.claim()).items
     assert [s.becomes for s in await scene.settle(items, worker_id=uuid7())] == ["completed"]
+
+
+# Steering beside a claim ----------------------------------------------------------------------------
+
+
+async def test_a_claim_leaves_out_a_batch_whose_limits_are_being_changed(scene: Scene) -> None:
+    """Whoever changes limits has their mutex before any row of the batch: neither waits in a circle."""
+    batch = await scene.submit(3)
+    to = batches.Steering(priority=5, weight=1, expires_at=None, capacity=[])
+    amounts = [Amount(period="minute", requests=2)]
+
+    async def change(conn: Connection) -> None:
+        await batches.steer(
+            conn, workspace_id=scene.workspace_id, batch_id=batch.batch_id, to=to, amounts=amounts
+        )
+
+    async with two_sessions(scene) as (steering, claiming):
+        await batches.hold(steering, workspace_id=scene.workspace_id, batch_id=batch.batch_id)
+        await change(steering)
+        await steering.commit()
+        await batches.hold(steering, workspace_id=scene.workspace_id, batch_id=batch.batch_id)
+        claim = await within(asyncio.create_task(scene.claim(conn=claiming)))
+        assert (claim.items, claim.busy) == ([], True)
+        await claiming.commit()
+        amounts = [Amount(period="minute", requests=1)]
+        await change(steering)
+        await steering.commit()
+    assert len((await scene.claim()).items) == 1

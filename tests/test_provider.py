@@ -6,6 +6,7 @@ import gzip
 import ipaddress
 import json
 import ssl
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -605,6 +606,16 @@ async def test_a_refused_connection_was_not_sent() -> None:
         outcome = await provider.call(call_to(url))
     assert isinstance(outcome, Unreachable)
     assert (outcome.code, outcome.sent) == ("connect", False)
+
+
+async def test_a_call_that_is_late_is_not_sent_and_its_connection_serves_the_next() -> None:
+    async with serving(response(200, CHAT)) as server, Provider() as provider:
+        late = await provider.call(call_to(server.url, send_by=time.monotonic() - 0.001))
+        assert isinstance(late, Unreachable)
+        assert (late.code, late.sent, server.bodies) == ("late", False, [])
+        in_time = await provider.call(call_to(server.url, send_by=time.monotonic() + 60))
+        assert isinstance(in_time, Answered)
+        assert (len(server.bodies), server.connections) == (1, 1)
 
 
 async def test_an_unknown_host_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:

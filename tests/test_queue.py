@@ -278,15 +278,17 @@ async def test_equal_batches_share_equally_and_weights_count(scene: Scene) -> No
     taken = Counter[UUID]()
     for _ in range(10):
         taken += Counter(item.batch_id for item in (await scene.claim(25)).items)
-    assert taken[one.batch_id] == pytest.approx(50, abs=2)
-    assert taken[two.batch_id] == pytest.approx(50, abs=2)
-    assert taken[heavy.batch_id] == pytest.approx(150, abs=3)
+    # The first sixteen of each count half: eight items less of the others, in the proportion of weights.
+    assert taken[one.batch_id] == pytest.approx(53, abs=2)
+    assert taken[two.batch_id] == pytest.approx(53, abs=2)
+    assert taken[heavy.batch_id] == pytest.approx(144, abs=4)
 
 
 async def test_fairness_counts_tokens_not_items(scene: Scene) -> None:
-    long, short = await scene.submit(100), await scene.submit(100)
-    await scene.size(long, [(900, 100)] * 100)
-    await scene.size(short, [(90, 10)] * 100)
+    long, short = await scene.submit(300), await scene.submit(300)
+    await scene.size(long, [(900, 100)] * 300)
+    await scene.size(short, [(90, 10)] * 300)
+    await scene.claim(200)  # the first items count half
     taken = Counter(item.batch_id for item in (await scene.claim(55)).items)
     assert taken == {long.batch_id: 5, short.batch_id: 50}
 
@@ -295,6 +297,7 @@ async def test_a_settlement_corrects_the_share_by_what_was_used(scene: Scene) ->
     modest, greedy = await scene.submit(100), await scene.submit(100)
     await scene.size(modest, [(500, 500)] * 100)
     await scene.size(greedy, [(500, 500)] * 100)
+    await scene.claim(32)  # the first items count half
     claim = await scene.claim(20)
     await scene.settle([i for i in claim.items if i.batch_id == modest.batch_id], used=(50, 50))
     await scene.settle([i for i in claim.items if i.batch_id == greedy.batch_id], used=(500, 500))
@@ -334,8 +337,9 @@ async def test_a_flow_that_waits_for_a_retry_does_not_let_newcomers_in_early(sce
     new = await scene.submit(400)
     taken = Counter(item.batch_id for item in (await scene.claim(100)).items)
     assert waiting.batch_id not in taken
-    assert taken[old.batch_id] == pytest.approx(50, abs=2)
-    assert taken[new.batch_id] == pytest.approx(50, abs=2)
+    # The first sixteen of the new one count half.
+    assert taken[old.batch_id] == pytest.approx(46, abs=2)
+    assert taken[new.batch_id] == pytest.approx(54, abs=2)
 
 
 async def test_a_flow_all_in_flight_keeps_its_claim_to_a_share(scene: Scene) -> None:
@@ -496,7 +500,9 @@ async def test_a_throttle_without_a_time_is_recorded(scene: Scene) -> None:
     assert settled.becomes == "pending"
     claim = await scene.claim()
     assert (claim.items, claim.reason) == ([], "cooldown")
-    assert claim.wait_s == pytest.approx(1.05, abs=0.06)
+    # A second and up to a tenth; a slow machine has spent some of it.
+    assert claim.wait_s is not None
+    assert 0.5 < claim.wait_s <= 1.1
 
 
 async def test_an_unsent_item_is_refunded_and_burns_nothing(scene: Scene) -> None:

@@ -384,7 +384,9 @@ async def test_both_workers_wait_as_long_as_they_are_told(database: str) -> None
     arrivals: list[float] = []
     async with (
         # Five at once; the next fits three seconds later, and headers say nothing of the limit.
-        simulator(rpm=20, algorithm="bucket", bucket_seconds=15) as (provider, url),
+        simulator(
+            rpm=20, algorithm="bucket", bucket_seconds=15, latency_ms=1000, latency_sigma=0
+        ) as (provider, url),
         Scene.open(database, base_url=url) as scene,
     ):
         handle = provider.handle
@@ -405,7 +407,7 @@ async def test_both_workers_wait_as_long_as_they_are_told(database: str) -> None
                 return len(arrivals) > burst
 
             await until(called_again, within_s=8, every_s=0.01)
-            await asyncio.sleep(0.3)  # whoever would follow too soon has come by then
+            await asyncio.sleep(0.3)  # whoever does not wait for its answer has come by then
         pause = arrivals[burst] - arrivals[burst - 1]
         # Told in whole milliseconds, of a bucket that has been filling; a tenth of jitter and a look more.
         assert 2.8 < pause < 3.3 + 0.7

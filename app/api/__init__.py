@@ -1,13 +1,14 @@
 """The HTTP API. The only package that knows Litestar.
 
 application   the app and the server around it
-batches       /v1/completion-batch: create, read, list, cancel, follow
+batches       /v1/completion-batch: create, read, list, steer, cancel, follow
 tenants       /v1/ai-connection, /v1/ai-resource, /v1/api-key, /v1/whoami
 health        /healthz, /healthcheck, /readyz
 ingest        a request body of any size becomes a batch; splitter takes its JSON apart
 streams       the hub behind server-sent events
 auth          who is calling, and what they may use
-wire          the JSON of requests and answers
+wire          the JSON of requests and answers; wire_batches, wire_capacity, wire_tenants: of each noun
+described     bodies that are read by hand, for OpenAPI
 errors        the JSON of refusals
 """
 

@@ -7,24 +7,17 @@ from functools import partial
 from typing import Annotated, Final, cast
 from uuid import UUID
 
-import msgspec
 from litestar import Response, Router, get, patch, post
 from litestar.di import Provide
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.openapi.spec import (
-    Example,
-    OpenAPIMediaType,
-    Operation,
-    RequestBody,
-    Schema,
-)
+from litestar.openapi.spec import Example, Operation, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
-from pydantic import ValidationError as PydanticError
+from msgspec import UNSET
 
 from app import batches, capacity, forecast, queue, tenants
-from app.api import ingest, streams, wire
+from app.api import described, ingest, streams, wire, wire_batches, wire_capacity, wire_tenants
 from app.api.auth import Caller, authenticate, batch_for, tenant_caller
 from app.api.context import Context, Given
 from app.api.errors import AnyRequest, ErrorBody
@@ -127,39 +120,16 @@ _CREATE_EXAMPLE: Final[dict[str, object]] = {
 }
 
 
-def _object(required: Sequence[str], **properties: Schema) -> Schema:
-    return Schema(type=OpenAPIType.OBJECT, required=list(required), properties=dict(properties))
-
-
-def _entry() -> Schema:
-    """A limit in the description of a body."""
-    amount = Schema(type=OpenAPIType.INTEGER, minimum=0, description="null or 0: any number")
-    return _object(
-        ["period"],
-        period=Schema(
-            type=OpenAPIType.STRING, enum=["minute", "hour", "day", "week", "month", "lifetime"]
-        ),
-        requests=amount,
-        tokens=amount,
-        inputTokens=amount,
-        outputTokens=amount,
-        window=Schema(type=OpenAPIType.STRING, enum=["sliding", "calendar"]),
-        dimension=Schema(type=OpenAPIType.STRING, enum=["source-ip", "metadata"]),
-        dimensionField=Schema(type=OpenAPIType.STRING),
-        enabled=Schema(type=OpenAPIType.BOOLEAN),
-    )
-
-
 def _steering() -> dict[str, Schema]:
     """What may be said at creation and changed later."""
     return {
-        "priority": Schema(type=OpenAPIType.INTEGER, minimum=-100, maximum=100),
+        "priority": described.whole(-100, 100),
         "weight": Schema(type=OpenAPIType.NUMBER, minimum=0.1, maximum=100),
-        "capacity": Schema(type=OpenAPIType.ARRAY, items=_entry()),
+        "capacity": described.capacity(),
         "completionWindow": Schema(
             type=OpenAPIType.STRING, description="from 1m to 90d, such as 30m, 24h or 7d"
         ),
-        "expiresAt": Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.DATE_TIME),
+        "expiresAt": described.moment,
     }
 
 
@@ -168,20 +138,12 @@ class ChangeOperation(Operation):
     """Documents the body of a change, which is read by hand."""
 
     def __post_init__(self) -> None:
-        body = _object([], isPaused=Schema(type=OpenAPIType.BOOLEAN), **_steering())
-        self.request_body = RequestBody(
-            required=True,
-            content={
-                "application/json": OpenAPIMediaType(
-                    schema=body,
-                    examples={
-                        "hurry": Example(
-                            summary="Let it go first, and have until tomorrow",
-                            value={"priority": 10, "completionWindow": "24h"},
-                        )
-                    },
-                )
-            },
+        self.request_body = described.body(
+            described.fields([], isPaused=described.flag, **_steering()),
+            hurry=Example(
+                summary="Let it go first, and have until tomorrow",
+                value={"priority": 10, "completionWindow": "24h"},
+            ),
         )
 
 
@@ -190,8 +152,7 @@ class CreateOperation(Operation):
     """Documents the body, which is streamed and therefore no parameter of its handler."""
 
     def __post_init__(self) -> None:
-        text = Schema(type=OpenAPIType.STRING)
-        item = _object(
+        item = described.fields(
             ["request"],
             resourceId=Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.UUID),
             resource=Schema(
@@ -200,31 +161,23 @@ class CreateOperation(Operation):
             request=Schema(
                 type=OpenAPIType.OBJECT, description="parameters of OpenAI's chat completions"
             ),
-            customId=text,
-            maxAttempts=Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=100),
+            customId=described.text,
+            maxAttempts=described.whole(1, 100),
         )
-        body = _object(
-            ["type", "items"],
-            type=Schema(type=OpenAPIType.STRING, enum=["SYNC", "ASYNC"]),
-            items=Schema(type=OpenAPIType.ARRAY, items=item, min_items=1),
-            name=text,
-            metadata=Schema(type=OpenAPIType.OBJECT),
-            maxAttempts=Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=100),
-            idempotencyKey=text,
-            **_steering(),
-        )
-        self.request_body = RequestBody(
-            required=True,
-            content={
-                "application/json": OpenAPIMediaType(
-                    schema=body,
-                    examples={
-                        "async": Example(summary="Poll for it", value=_CREATE_EXAMPLE),
-                        "sync": Example(
-                            summary="Stream it", value=_CREATE_EXAMPLE | {"type": "SYNC"}
-                        ),
-                    },
-                )
+        self.request_body = described.body(
+            described.fields(
+                ["type", "items"],
+                type=Schema(type=OpenAPIType.STRING, enum=["SYNC", "ASYNC"]),
+                items=Schema(type=OpenAPIType.ARRAY, items=item, min_items=1),
+                name=described.text,
+                metadata=described.record,
+                maxAttempts=described.whole(1, 100),
+                idempotencyKey=described.text,
+                **_steering(),
+            ),
+            **{
+                "async": Example(summary="Poll for it", value=_CREATE_EXAMPLE),
+                "sync": Example(summary="Stream it", value=_CREATE_EXAMPLE | {"type": "SYNC"}),
             },
         )
 
@@ -238,7 +191,7 @@ class CreateOperation(Operation):
     request_max_body_size=None,  # checked while it is spooled, with a sentence that helps
     responses={
         200: Answer(str, description="SYNC: events", media_type="text/event-stream"),
-        201: Answer(wire.BatchBody, description="ASYNC: the batch"),
+        201: Answer(wire_batches.BatchBody, description="ASYNC: the batch"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
         409: Answer(ErrorBody, description="The idempotency key was used otherwise"),
         413: Answer(ErrorBody, description="The request is too large"),
@@ -265,7 +218,7 @@ async def create(
             return _stream(context, batch, after=0, view=view, headers=headers)
         page, cursor = await streams.first_items(conn, batch)
     body = await asyncio.to_thread(
-        wire.encode, wire.batch_body(batch, items=page, items_next_cursor=cursor)
+        wire.encode, wire_batches.batch_body(batch, items=page, items_next_cursor=cursor)
     )
     return Response(body, media_type="application/json", headers=headers, status_code=201)
 
@@ -278,14 +231,16 @@ async def create(
     operation_class=CreateOperation,
     request_max_body_size=None,
     responses={
-        200: Answer(wire.EstimateBody, description="What it would ask for, and for how long"),
+        200: Answer(
+            wire_batches.EstimateBody, description="What it would ask for, and for how long"
+        ),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
         413: Answer(ErrorBody, description="The request is too large"),
     },
 )
 async def estimate(*, request: AnyRequest, context: Given, caller: Caller) -> Response[bytes]:
     found = await ingest.estimate_batch(context, request, caller)
-    body = wire.estimate_body(found.appraisal, found.plan, expires_at=found.expires_at)
+    body = wire_batches.estimate_body(found.appraisal, found.plan, expires_at=found.expires_at)
     return Response(wire.encode(body), media_type="application/json")
 
 
@@ -293,7 +248,7 @@ async def estimate(*, request: AnyRequest, context: Given, caller: Caller) -> Re
     "/{workspaceId:str}/{environmentId:str}",
     summary="List batches",
     description="Newest first, without their items.",
-    responses={200: Answer(wire.BatchesPage, description="A page of batches")},
+    responses={200: Answer(wire_batches.BatchesPage, description="A page of batches")},
 )
 async def list_batches(
     *,
@@ -322,8 +277,8 @@ async def list_batches(
             most=most,
         )
         seen = await _visible(conn, caller, rows)
-    page = wire.BatchesPage(
-        data=[wire.batch_body(row) for row in seen],
+    page = wire_batches.BatchesPage(
+        data=[wire_batches.batch_body(row) for row in seen],
         next_cursor=str(rows[-1].batch_id) if len(rows) == most else None,
     )
     return Response(wire.encode(page), media_type="application/json")
@@ -334,7 +289,7 @@ async def list_batches(
     summary="Read a batch",
     description="With at most the first 1,000 items (fewer when they are large) and a cursor, "
     "what it waits for, and when it will be done.",
-    responses={200: Answer(wire.BatchBody, description="The batch")},
+    responses={200: Answer(wire_batches.BatchBody, description="The batch")},
 )
 async def read(
     *,
@@ -354,13 +309,13 @@ async def read(
     status = status_of(items_status, "itemsStatus")
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
-        page: list[wire.ItemBody] | None = None
+        page: list[wire_batches.ItemBody] | None = None
         after: str | None = None
         if with_items:
             page, after = await streams.first_items(
                 conn, batch, from_seq=from_seq, status=status, most=most
             )
-        creator: wire.ApiKeyBody | None = None
+        creator: wire_tenants.ApiKeyBody | None = None
         if with_users and batch.created_by_api_key_id is not None:
             key = await tenants.api_key_entity(
                 conn,
@@ -368,13 +323,13 @@ async def read(
                 environment_id=caller.environment_id,
                 api_key_id=batch.created_by_api_key_id,
             )
-            creator = wire.api_key_body(key) if key else None
+            creator = wire_tenants.api_key_body(key) if key else None
         outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
-    body = wire.batch_body(
+    body = wire_batches.batch_body(
         batch,
         items=page,
         items_next_cursor=after,
-        created_by=creator if with_users else wire.UNSET,
+        created_by=creator if with_users else UNSET,
         outlook=outlook,
     )
     encoded = await asyncio.to_thread(wire.encode, body) if page else wire.encode(body)
@@ -385,7 +340,7 @@ async def read(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/items",
     summary="List a batch's items",
     description="In the order of submission. A page of large items may hold fewer than its limit.",
-    responses={200: Answer(wire.ItemsPage, description="A page of items")},
+    responses={200: Answer(wire_batches.ItemsPage, description="A page of items")},
 )
 async def list_items(
     *,
@@ -404,14 +359,16 @@ async def list_items(
         page, after = await streams.first_items(
             conn, batch, from_seq=from_seq, status=wanted, most=most
         )
-    body = await asyncio.to_thread(wire.encode, wire.ItemsPage(data=page, next_cursor=after))
+    body = await asyncio.to_thread(
+        wire.encode, wire_batches.ItemsPage(data=page, next_cursor=after)
+    )
     return Response(body, media_type="application/json")
 
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/{itemId:str}",
     summary="Read an item",
-    responses={200: Answer(wire.ItemBody, description="The item")},
+    responses={200: Answer(wire_batches.ItemBody, description="The item")},
 )
 async def read_item(
     *, context: Given, caller: Caller, batch_id: BatchId, item_id: ItemId
@@ -424,7 +381,9 @@ async def read_item(
         raise NotFoundError(
             f"Completion Batch Item {item_id} not found", code="COMPLETION_BATCH_ITEM_NOT_FOUND"
         )
-    return Response(wire.encode(wire.item_body(batch, found[0])), media_type="application/json")
+    return Response(
+        wire.encode(wire_batches.item_body(batch, found[0])), media_type="application/json"
+    )
 
 
 @post(
@@ -433,7 +392,7 @@ async def read_item(
     description="Nothing of it is sent any more; calls in flight are let finish and kept.",
     status_code=200,
     responses={
-        200: Answer(wire.BatchBody, description="The batch, cancelled"),
+        200: Answer(wire_batches.BatchBody, description="The batch, cancelled"),
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
@@ -454,7 +413,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
         batch = await batch_for(conn, caller, batch_id)
     if not batch.is_finished:
         context.spawn(_mark(context, batch))
-    return Response(wire.encode(wire.batch_body(batch)), media_type="application/json")
+    return Response(wire.encode(wire_batches.batch_body(batch)), media_type="application/json")
 
 
 @patch(
@@ -465,7 +424,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
     operation_class=ChangeOperation,
     request_max_body_size=1024 * 1024,
     responses={
-        200: Answer(wire.BatchBody, description="The batch, changed"),
+        200: Answer(wire_batches.BatchBody, description="The batch, changed"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
         409: Answer(ErrorBody, description="It had already ended"),
     },
@@ -475,7 +434,7 @@ async def change(
 ) -> Response[bytes]:
     async with context.db.connection() as conn:
         await batch_for(conn, caller, batch_id)
-    wanted = _wanted(await request.body())
+    wanted = wire.changes(wire_batches.BatchPatch, wire.object_of(await request.body()))
     given = wanted.model_fields_set
     async with context.db.transaction() as conn:
         held = await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
@@ -483,7 +442,7 @@ async def change(
         if wanted.sets_deadline:
             now = await batches.clock(conn)
             deadline = wanted.deadline(now)
-            if problems := wire.problems_of_deadline(deadline, now):
+            if problems := wire_batches.problems_of_deadline(deadline, now):
                 raise ValidationError(problems)
             to = replace(to, expires_at=deadline)
         if "priority" in given:
@@ -491,31 +450,11 @@ async def change(
         if "weight" in given:
             to = replace(to, weight=wanted.weight)
         if "capacity" in given:
-            to = replace(to, capacity=wire.capacity_entries(wanted.capacity))
+            to = replace(to, capacity=wire_capacity.capacity_entries(wanted.capacity))
         resources = await _steer(
             conn, key=caller, batch_id=batch_id, held=held, to=to, wanted=wanted
         )
     return await _changed(context, caller, batch_id, resources)
-
-
-def _wanted(body: bytes) -> wire.BatchPatch:
-    """What a change says. Raises ValidationError, also when it says nothing that is known."""
-    try:
-        given: object = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise ValidationError([Problem(path="body", message="must be a JSON object")])
-    try:
-        wanted = wire.BatchPatch.model_validate(given)
-    except PydanticError as error:
-        raise ValidationError(wire.problems_of(error)) from None
-    if not wanted.model_fields_set:
-        known = "priority, weight, capacity, completionWindow, expiresAt and isPaused"
-        raise ValidationError(
-            [Problem(path="body", message=f"changes nothing; send some of {known}")]
-        )
-    return wanted
 
 
 async def _steer(
@@ -525,7 +464,7 @@ async def _steer(
     batch_id: UUID,
     held: Steering,
     to: Steering,
-    wanted: wire.BatchPatch,
+    wanted: wire_batches.BatchPatch,
 ) -> list[UUID]:
     resources: list[UUID] = []
     given = wanted.model_fields_set
@@ -538,7 +477,7 @@ async def _steer(
             workspace_id=key.workspace_id,
             batch_id=batch_id,
             to=to,
-            amounts=wire.amounts(wanted.capacity) if "capacity" in given else None,
+            amounts=wire_capacity.amounts(wanted.capacity) if "capacity" in given else None,
         )
     if "is_paused" in given and not wanted.is_paused:
         resources = await batches.resume(conn, workspace_id=key.workspace_id, batch_id=batch_id)
@@ -555,7 +494,7 @@ async def _changed(
         batch = await batch_for(conn, key, batch_id)
         outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
     return Response(
-        wire.encode(wire.batch_body(batch, outlook=outlook)), media_type="application/json"
+        wire.encode(wire_batches.batch_body(batch, outlook=outlook)), media_type="application/json"
     )
 
 
@@ -565,7 +504,7 @@ async def _changed(
     description="Nothing of it is begun until it is resumed; calls in flight are let finish.",
     status_code=200,
     responses={
-        200: Answer(wire.BatchBody, description="The batch, paused"),
+        200: Answer(wire_batches.BatchBody, description="The batch, paused"),
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
@@ -584,7 +523,7 @@ async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[b
     description="The opposite of pause; harmless for a batch that is not paused.",
     status_code=200,
     responses={
-        200: Answer(wire.BatchBody, description="The batch, going on"),
+        200: Answer(wire_batches.BatchBody, description="The batch, going on"),
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
@@ -602,7 +541,7 @@ async def resume(context: Given, caller: Caller, batch_id: BatchId) -> Response[
     summary="Where the limits of a batch stand",
     description="Those of its connections, models, resources, API key, of itself, and of its values "
     "of dimensions.",
-    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+    responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
 )
 async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
     async with context.db.connection() as conn:
@@ -620,7 +559,9 @@ async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> R
             guard_s=context.settings.guard_s,
             with_reserved=True,
         )
-    return Response(wire.encode(wire.capacity_usage(scopes, usage)), media_type="application/json")
+    return Response(
+        wire.encode(wire_capacity.capacity_usage(scopes, usage)), media_type="application/json"
+    )
 
 
 @get(

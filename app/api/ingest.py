@@ -30,7 +30,9 @@ from app.api import auth
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
 from app.api.splitter import STEP, MalformedError, Splitter, TooLongError
-from app.api.wire import BatchHead, amounts, capacity_entries, problems_of, problems_of_deadline
+from app.api.wire import problems_of
+from app.api.wire_batches import BatchHead, problems_of_deadline
+from app.api.wire_capacity import amounts, capacity_entries
 from app.batches import Appraisal, Appraiser, BatchType, Ingest, NewBatch, NewItem
 from app.capacity import Amount
 from app.db import Connection

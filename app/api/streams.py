@@ -16,7 +16,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from app import batches, events
-from app.api import wire
+from app.api import wire, wire_batches
 from app.batches import Batch, Item, Status
 from app.db import Connection, Database
 from app.events import Event, Kind
@@ -290,11 +290,13 @@ async def _payload(
         item = items.get(event.seq)
         if item is None:
             return None
-        return wire.encode(wire.item_body(batch, item, status=_STATUS[event.kind], slim=view.slim))
+        return wire.encode(
+            wire_batches.item_body(batch, item, status=_STATUS[event.kind], slim=view.slim)
+        )
     if event.kind == "batch-created" and not view.slim:
         page, cursor = await first_items(conn, batch)
-        return wire.encode(wire.batch_body(batch, items=page, items_next_cursor=cursor))
-    return wire.encode(wire.batch_body(batch))
+        return wire.encode(wire_batches.batch_body(batch, items=page, items_next_cursor=cursor))
+    return wire.encode(wire_batches.batch_body(batch))
 
 
 async def first_items(
@@ -304,18 +306,18 @@ async def first_items(
     from_seq: int = 0,
     status: Status | None = None,
     most: int = MOST_ITEMS,
-) -> tuple[list[wire.ItemBody], str | None]:
+) -> tuple[list[wire_batches.ItemBody], str | None]:
     """Items from a number on and the cursor after them (None: that was all).
 
     Fewer than ``most`` when they are large: reading stops at sixteen megabytes of text.
     """
-    page: list[wire.ItemBody] = []
+    page: list[wire_batches.ItemBody] = []
     size = 0
     want = 10  # enough to see how large they are
     while True:
         want = min(want, most - len(page))
         rows = await batches.items(conn, batch=batch, from_seq=from_seq, status=status, most=want)
-        page += [wire.item_body(batch, row) for row in rows]
+        page += [wire_batches.item_body(batch, row) for row in rows]
         size += sum(len(row.request) + len(row.response or "") for row in rows)
         if rows:
             from_seq = rows[-1].seq + 1

@@ -1,24 +1,25 @@
 """``/v1/ai-connection``, ``/v1/ai-resource``, ``/v1/api-key`` and ``/v1/whoami``.
 
-Only a key for all resources may create or see these: a confined one must not widen its own reach.
+Only a key for all resources may create, change or see these: a confined one must not widen its own
+reach.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Final
 from uuid import UUID
 
 import psycopg
-from litestar import Response, Router, get, post
+from litestar import HttpMethod, Response, Router, get, post, route
 from litestar.di import Provide
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.openapi.spec import Example
+from litestar.openapi.spec import Example, Operation
 from litestar.params import Body, PathParameter
 
 from app import capacity, forecast, tenants
-from app.api import wire
+from app.api import described, wire, wire_capacity, wire_tenants
 from app.api.auth import (
     Caller,
     authenticate,
@@ -28,17 +29,32 @@ from app.api.auth import (
     tenant_caller,
 )
 from app.api.context import Context, Given
-from app.api.errors import ErrorBody
-from app.capacity import NamedScope
+from app.api.errors import AnyRequest, ErrorBody
+from app.capacity import Amount, NamedScope
 from app.db import Connection
+from app.doorbell import WORK
 from app.errors import NotFoundError, Problem, RequestError, ValidationError
+from app.log import Log
 from app.tenants import ApiKey, ApiKeyEntity, ProviderConnection, Resource
+
+log = Log("api")
 
 #: Documentation of an answer; made-up examples would be noise.
 Answer = partial(ResponseSpec, generate_examples=False)
 
 _MOST_BODY: Final = 1024 * 1024
 _COMPATIBLE: Final = "openai-compatible"
+
+# The reference changes by PUT, with bodies as partial as those of PATCH.
+_CHANGING: Final = [HttpMethod.PATCH, HttpMethod.PUT]
+_CHANGED: Final = (
+    "What is absent stays as it is; null is as if it had never been said. Effective at the next "
+    "claim; calls in flight are let finish. PUT is the same."
+)
+
+ConnectionId = Annotated[UUID, PathParameter(name="connectionId")]
+ResourceId = Annotated[UUID, PathParameter(name="resourceId")]
+ApiKeyId = Annotated[UUID, PathParameter(name="apiKeyId")]
 
 
 @contextmanager
@@ -73,14 +89,14 @@ _CONNECTION_EXAMPLE: Final = Example(
     summary="Create a connection",
     status_code=201,
     responses={
-        201: Answer(wire.ConnectionBody, description="The connection, secrets masked"),
+        201: Answer(wire_tenants.ConnectionBody, description="The connection, secrets masked"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
     },
 )
 async def create_connection(
     context: Given,
     caller: Caller,
-    data: Annotated[wire.ConnectionCreate, Body(examples=[_CONNECTION_EXAMPLE])],
+    data: Annotated[wire_tenants.ConnectionCreate, Body(examples=[_CONNECTION_EXAMPLE])],
 ) -> Response[bytes]:
     require_everything(caller, "create connections")
     async with context.db.transaction() as conn:
@@ -98,8 +114,8 @@ async def create_connection(
                 description=data.description,
                 headers=data.headers,
                 allowed_models=data.allowed_models,
-                capacity_entries=wire.capacity_entries(data.capacity),
-                amounts=wire.amounts(data.capacity),
+                capacity_entries=wire_capacity.capacity_entries(data.capacity),
+                amounts=wire_capacity.amounts(data.capacity),
                 concurrency=data.concurrency,
             )
         made = await _connection_body(conn, caller, connection_id)
@@ -109,12 +125,12 @@ async def create_connection(
 @get(
     "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}",
     summary="Read a connection",
-    responses={200: Answer(wire.ConnectionBody, description="The connection")},
+    responses={200: Answer(wire_tenants.ConnectionBody, description="The connection")},
 )
 async def read_connection(
     context: Given,
     caller: Caller,
-    connection_id: Annotated[UUID, PathParameter(name="connectionId")],
+    connection_id: ConnectionId,
 ) -> Response[bytes]:
     require_everything(caller, "read connections")
     async with context.db.connection() as conn:
@@ -125,12 +141,12 @@ async def read_connection(
 @get(
     "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}/capacity-usage",
     summary="Where the limits of a connection and its models stand",
-    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+    responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
 )
 async def connection_usage(
     context: Given,
     caller: Caller,
-    connection_id: Annotated[UUID, PathParameter(name="connectionId")],
+    connection_id: ConnectionId,
 ) -> Response[bytes]:
     require_everything(caller, "read connections")
     async with context.db.connection() as conn:
@@ -142,7 +158,78 @@ async def connection_usage(
     return _answer(found)
 
 
-def _base_url_of(data: wire.ConnectionCreate) -> str:
+@dataclass
+class ConnectionChange(Operation):
+    """Documents the body of a change, which is read by hand."""
+
+    def __post_init__(self) -> None:
+        self.request_body = described.body(
+            described.fields(
+                [],
+                capacity=described.capacity(),
+                concurrency=described.whole(1, 1_000_000),
+                timeoutMs=described.whole(100, 600_000),
+                description=described.text,
+                headers=described.record,
+                allowedModels=described.texts,
+            ),
+            more=Example(
+                summary="The provider allows more now",
+                value={"capacity": [{"period": "minute", "requests": 1000}], "concurrency": 50},
+            ),
+        )
+
+
+@route(
+    "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}",
+    http_method=_CHANGING,
+    summary="Change a connection",
+    description=_CHANGED,
+    status_code=200,
+    operation_class=ConnectionChange,
+    responses={
+        200: Answer(wire_tenants.ConnectionBody, description="The connection, changed"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+    },
+)
+async def change_connection(
+    request: AnyRequest, context: Given, caller: Caller, connection_id: ConnectionId
+) -> Response[bytes]:
+    require_everything(caller, "change connections")
+    async with context.db.connection() as conn:
+        await _connection(conn, caller, connection_id)
+    given = wire.object_of(await request.body())
+    async with context.db.transaction() as conn:
+        await tenants.lock_connection(
+            conn, workspace_id=caller.workspace_id, connection_id=connection_id
+        )
+        held = await _connection(conn, caller, connection_id)
+        fixed = wire_tenants.ConnectionPatch.FIXED
+        wire_tenants.require_fixed(fixed, given, wire_tenants.connection_body(held, []))
+        wanted = wire.changes(wire_tenants.ConnectionPatch, given)
+        to = wanted.applied(held, default_timeout_ms=context.settings.default_timeout_ms)
+        resources = await tenants.change_connection(
+            conn, held=held, to=to, amounts=_amounts(wanted.model_fields_set, to.capacity)
+        )
+    _ring(context, resources, connection=connection_id)
+    async with context.db.connection() as conn:
+        return _answer(await _connection_body(conn, caller, connection_id))
+
+
+def _amounts(changed: set[str], entries: Sequence[Mapping[str, object]]) -> list[Amount] | None:
+    """The limits from now on, if a change says anything of them."""
+    if changed.isdisjoint({"capacity", "enforce_capacity"}):
+        return None
+    return wire_capacity.stored_amounts(entries)
+
+
+def _ring(context: Context, resources: Sequence[UUID], **changed: UUID) -> None:
+    """Tell of a committed change, and ring for what it gives workers to do."""
+    log.info("settings.changed", **changed)
+    context.ringer.ring(WORK, resources)
+
+
+def _base_url_of(data: wire_tenants.ConnectionCreate) -> str:
     given = data.base_url or (data.config.base_url if data.config else None)
     if given is not None:
         return given
@@ -166,12 +253,12 @@ def _base_url_of(data: wire.ConnectionCreate) -> str:
 
 async def _connection_body(
     conn: Connection, key: ApiKey, connection_id: UUID
-) -> wire.ConnectionBody:
+) -> wire_tenants.ConnectionBody:
     found = await _connection(conn, key, connection_id)
     taught = await capacity.learned(
         conn, workspace_id=key.workspace_id, connection_id=connection_id
     )
-    return wire.connection_body(found, taught)
+    return wire_tenants.connection_body(found, taught)
 
 
 async def _connection(conn: Connection, key: ApiKey, connection_id: UUID) -> ProviderConnection:
@@ -210,14 +297,14 @@ _RESOURCE_EXAMPLE: Final = Example(
     summary="Create a resource",
     status_code=201,
     responses={
-        201: Answer(wire.ResourceBody, description="The resource"),
+        201: Answer(wire_tenants.ResourceBody, description="The resource"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
     },
 )
 async def create_resource(
     context: Given,
     caller: Caller,
-    data: Annotated[wire.ResourceCreate, Body(examples=[_RESOURCE_EXAMPLE])],
+    data: Annotated[wire_tenants.ResourceCreate, Body(examples=[_RESOURCE_EXAMPLE])],
 ) -> Response[bytes]:
     require_everything(caller, "create resources")
     async with context.db.transaction() as conn:
@@ -249,8 +336,8 @@ async def create_resource(
                 model=data.model.model,
                 description=data.description,
                 default_args=data.default_args,
-                capacity_entries=wire.capacity_entries(data.capacity),
-                amounts=wire.amounts(data.capacity),
+                capacity_entries=wire_capacity.capacity_entries(data.capacity),
+                amounts=wire_capacity.amounts(data.capacity),
                 enforce_capacity=data.enforce_capacity is not False,
                 timeout_ms=data.timeout_ms,
                 concurrency=data.concurrency,
@@ -276,11 +363,9 @@ async def create_resource(
 @get(
     "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}",
     summary="Read a resource",
-    responses={200: Answer(wire.ResourceBody, description="The resource")},
+    responses={200: Answer(wire_tenants.ResourceBody, description="The resource")},
 )
-async def read_resource(
-    context: Given, caller: Caller, resource_id: Annotated[UUID, PathParameter(name="resourceId")]
-) -> Response[bytes]:
+async def read_resource(context: Given, caller: Caller, resource_id: ResourceId) -> Response[bytes]:
     async with context.db.connection() as conn:
         require_resources(caller, [resource_id])
         found = await _resource_body(context, conn, caller, resource_id)
@@ -291,10 +376,10 @@ async def read_resource(
     "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}/capacity-usage",
     summary="Where the limits of a resource stand",
     description="Its own, and those of its model and its connection.",
-    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+    responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
 )
 async def resource_usage(
-    context: Given, caller: Caller, resource_id: Annotated[UUID, PathParameter(name="resourceId")]
+    context: Given, caller: Caller, resource_id: ResourceId
 ) -> Response[bytes]:
     async with context.db.connection() as conn:
         require_resources(caller, [resource_id])
@@ -306,9 +391,65 @@ async def resource_usage(
     return _answer(found)
 
 
+@dataclass
+class ResourceChange(Operation):
+    """Documents the body of a change, which is read by hand."""
+
+    def __post_init__(self) -> None:
+        self.request_body = described.body(
+            described.fields(
+                [],
+                capacity=described.capacity(),
+                enforceCapacity=described.flag,
+                concurrency=described.whole(1, 1_000_000),
+                timeoutMs=described.whole(100, 600_000),
+                description=described.text,
+                defaultArgs=described.record,
+            ),
+            less=Example(
+                summary="Ten calls at once, and no limit of its own",
+                value={"concurrency": 10, "capacity": None},
+            ),
+        )
+
+
+@route(
+    "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}",
+    http_method=_CHANGING,
+    summary="Change a resource",
+    description=_CHANGED,
+    status_code=200,
+    operation_class=ResourceChange,
+    responses={
+        200: Answer(wire_tenants.ResourceBody, description="The resource, changed"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+    },
+)
+async def change_resource(
+    request: AnyRequest, context: Given, caller: Caller, resource_id: ResourceId
+) -> Response[bytes]:
+    require_everything(caller, "change resources")
+    async with context.db.connection() as conn:
+        await _resource(conn, caller, resource_id)
+    given = wire.object_of(await request.body())
+    async with context.db.transaction() as conn:
+        await tenants.lock_resource(conn, workspace_id=caller.workspace_id, resource_id=resource_id)
+        held = await _resource(conn, caller, resource_id)
+        fixed = wire_tenants.ResourcePatch.FIXED
+        wire_tenants.require_fixed(fixed, given, wire_tenants.resource_body(held, [], None))
+        wanted = wire.changes(wire_tenants.ResourcePatch, given)
+        to = wanted.applied(held)
+        resources = await tenants.change_resource(
+            conn, held=held, to=to, amounts=_amounts(wanted.model_fields_set, to.capacity)
+        )
+    _ring(context, resources, resource=resource_id)
+    async with context.db.connection() as conn:
+        return _answer(await _resource_body(context, conn, caller, resource_id))
+
+
 async def _resource_body(
     context: Context, conn: Connection, key: ApiKey, resource_id: UUID
-) -> wire.ResourceBody:
+) -> wire_tenants.ResourceBody:
     found = await _resource(conn, key, resource_id)
     taught = await capacity.learned(
         conn,
@@ -324,7 +465,7 @@ async def _resource_body(
     )
     if waiting is not None and waiting.scope is not None and not _shows(key, waiting.scope):
         waiting = replace(waiting, scope=None, limit=None)
-    return wire.resource_body(found, taught, waiting)
+    return wire_tenants.resource_body(found, taught, waiting)
 
 
 def _shows(key: ApiKey, scope: NamedScope) -> bool:
@@ -366,20 +507,18 @@ _KEY_EXAMPLE: Final = Example(
     description="The key itself is shown in this answer only (apiKeyValue).",
     status_code=201,
     responses={
-        201: Answer(wire.ApiKeyBody, description="The key, with its value"),
+        201: Answer(wire_tenants.ApiKeyBody, description="The key, with its value"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
     },
 )
 async def create_api_key(
     context: Given,
     caller: Caller,
-    data: Annotated[wire.ApiKeyCreate, Body(examples=[_KEY_EXAMPLE])],
+    data: Annotated[wire_tenants.ApiKeyCreate, Body(examples=[_KEY_EXAMPLE])],
 ) -> Response[bytes]:
     require_everything(caller, "create API keys")
     async with context.db.transaction() as conn:
-        for each in data.resources:
-            if each != "*":
-                await _resource(conn, caller, UUID(each))
+        await _require_known(conn, caller, data.resources)
         api_key_id, value = await tenants.create_api_key(
             conn,
             workspace_id=caller.workspace_id,
@@ -390,37 +529,33 @@ async def create_api_key(
             resources=data.resources,
             labels=data.labels or (),
             enforce_capacity=data.enforce_capacity,
-            capacity_entries=wire.capacity_entries(data.capacity),
-            amounts=wire.amounts(data.capacity),
+            capacity_entries=wire_capacity.capacity_entries(data.capacity),
+            amounts=wire_capacity.amounts(data.capacity),
             expires_at=data.expires_at,
         )
         made = await _api_key(conn, caller, api_key_id)
-    return _created(wire.api_key_body(made, value=value))
+    return _created(wire_tenants.api_key_body(made, value=value))
 
 
 @get(
     "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}",
     summary="Read an API key",
-    responses={200: Answer(wire.ApiKeyBody, description="The key, masked")},
+    responses={200: Answer(wire_tenants.ApiKeyBody, description="The key, masked")},
 )
-async def read_api_key(
-    context: Given, caller: Caller, api_key_id: Annotated[UUID, PathParameter(name="apiKeyId")]
-) -> Response[bytes]:
+async def read_api_key(context: Given, caller: Caller, api_key_id: ApiKeyId) -> Response[bytes]:
     if api_key_id != caller.api_key_id:
         require_everything(caller, "read other API keys")
     async with context.db.connection() as conn:
         found = await _api_key(conn, caller, api_key_id)
-    return _answer(wire.api_key_body(found))
+    return _answer(wire_tenants.api_key_body(found))
 
 
 @get(
     "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}/capacity-usage",
     summary="Where the limits of an API key stand",
-    responses={200: Answer(wire.CapacityUsage, description="Scopes and their limits")},
+    responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
 )
-async def api_key_usage(
-    context: Given, caller: Caller, api_key_id: Annotated[UUID, PathParameter(name="apiKeyId")]
-) -> Response[bytes]:
+async def api_key_usage(context: Given, caller: Caller, api_key_id: ApiKeyId) -> Response[bytes]:
     if api_key_id != caller.api_key_id:
         require_everything(caller, "read other API keys")
     async with context.db.connection() as conn:
@@ -430,6 +565,68 @@ async def api_key_usage(
         )
         found = await _usage(context, conn, caller, scope_ids)
     return _answer(found)
+
+
+@dataclass
+class ApiKeyChange(Operation):
+    """Documents the body of a change, which is read by hand."""
+
+    def __post_init__(self) -> None:
+        self.request_body = described.body(
+            described.fields(
+                [],
+                enabled=described.flag,
+                expiresAt=described.moment,
+                resources=described.texts,
+                capacity=described.capacity(),
+                enforceCapacity=described.flag,
+                description=described.text,
+                labels=described.texts,
+            ),
+            off=Example(summary="Let it open nothing any more", value={"enabled": False}),
+        )
+
+
+@route(
+    "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}",
+    http_method=_CHANGING,
+    summary="Change an API key",
+    description=_CHANGED,
+    status_code=200,
+    operation_class=ApiKeyChange,
+    responses={
+        200: Answer(wire_tenants.ApiKeyBody, description="The key, masked"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+    },
+)
+async def change_api_key(
+    request: AnyRequest, context: Given, caller: Caller, api_key_id: ApiKeyId
+) -> Response[bytes]:
+    require_everything(caller, "change API keys")
+    async with context.db.connection() as conn:
+        await _api_key(conn, caller, api_key_id)
+    given = wire.object_of(await request.body())
+    async with context.db.transaction() as conn:
+        await tenants.lock_api_key(conn, workspace_id=caller.workspace_id, api_key_id=api_key_id)
+        held = await _api_key(conn, caller, api_key_id)
+        fixed = wire_tenants.ApiKeyPatch.FIXED
+        wire_tenants.require_fixed(fixed, given, wire_tenants.api_key_body(held))
+        wanted = wire.changes(wire_tenants.ApiKeyPatch, given)
+        to = wanted.applied(held)
+        await _require_known(conn, caller, wanted.resources)
+        resources = await tenants.change_api_key(
+            conn, to=to, amounts=_amounts(wanted.model_fields_set, to.capacity)
+        )
+    _ring(context, resources, api_key=api_key_id)
+    async with context.db.connection() as conn:
+        return _answer(wire_tenants.api_key_body(await _api_key(conn, caller, api_key_id)))
+
+
+async def _require_known(conn: Connection, key: ApiKey, resources: Sequence[str]) -> None:
+    """Refuse ids in an allowlist that are no resources of the environment."""
+    for each in resources:
+        if each != "*":
+            await _resource(conn, key, UUID(each))
 
 
 async def _api_key(conn: Connection, key: ApiKey, api_key_id: UUID) -> ApiKeyEntity:
@@ -446,7 +643,7 @@ async def _api_key(conn: Connection, key: ApiKey, api_key_id: UUID) -> ApiKeyEnt
 
 async def _usage(
     context: Context, conn: Connection, key: ApiKey, scope_ids: Sequence[UUID]
-) -> wire.CapacityUsage:
+) -> wire_capacity.CapacityUsage:
     named = await capacity.named(conn, workspace_id=key.workspace_id, scope_ids=scope_ids)
     scopes = {scope_id: scope for scope_id, scope in named.items() if _shows(key, scope)}
     usage = await capacity.usage(
@@ -456,7 +653,7 @@ async def _usage(
         guard_s=context.settings.guard_s,
         with_reserved=True,
     )
-    return wire.capacity_usage(scopes, usage)
+    return wire_capacity.capacity_usage(scopes, usage)
 
 
 # Who am I -----------------------------------------------------------------------------------------
@@ -466,10 +663,10 @@ async def _usage(
     "/whoami",
     summary="What the key opens",
     dependencies={"caller": Provide(caller)},
-    responses={200: Answer(wire.WhoAmI, description="The caller")},
+    responses={200: Answer(wire_tenants.WhoAmI, description="The caller")},
 )
 async def whoami(caller: Caller) -> Response[bytes]:
-    return _answer(wire.who_am_i(caller))
+    return _answer(wire_tenants.who_am_i(caller))
 
 
 def _answer(body: object, status: int = 200) -> Response[bytes]:
@@ -485,12 +682,15 @@ router = Router(
     route_handlers=[
         create_connection,
         read_connection,
+        change_connection,
         connection_usage,
         create_resource,
         read_resource,
+        change_resource,
         resource_usage,
         create_api_key,
         read_api_key,
+        change_api_key,
         api_key_usage,
         whoami,
     ],

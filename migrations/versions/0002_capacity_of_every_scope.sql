@@ -23,7 +23,7 @@ create type limit_source as enum ('given', 'observed');
 create type wait_reason as enum ('capacity', 'pace', 'concurrency', 'cooldown', 'retry');
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
-    entry double precision, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
+    entry double precision, started int, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]
 );
 create type claim_candidate as (
     flow int, seq int, attempt int, input_tokens int, max_output_tokens int, suspect boolean, is_lower boolean,
@@ -265,7 +265,7 @@ comment on column limits.dimension is
     'and not itself. Null: no.';
 comment on column limits.parent_id is 'The limit with a dimension of which this counts one value.';
 comment on table ledger is
-    'What of each limit is used, in slots: half a second of a minute, a 120th of other sliding periods, a '
+    'What of each limit is used, in slots: a quarter second of a minute, a 120th of other sliding periods, a '
     'whole calendar period. '
     'Claims add reservations, settling replaces them by true usage in the slot of the claim. No '
     'check on totals: a paid answer may exceed its reservation and must be recorded.';

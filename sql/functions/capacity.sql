@@ -14,15 +14,20 @@ as $$
 $$;
 comment on function period_length(limit_period) is 'Length of a sliding period; null: lifetime.';
 
--- When the ledger slot began that a claim at this time falls into: a 120th of a sliding period, or the
--- whole period of the UTC calendar.
+-- How long the ledger slots of a sliding period are: a quarter of a second of a minute, a 120th of longer ones.
+create or replace function slot_length(period limit_period) returns interval
+language sql immutable strict parallel safe
+as $$ select period_length(period) / case when period = 'minute' then 240 else 120 end $$;
+comment on function slot_length(limit_period) is 'Length of the ledger slots of a sliding period.';
+
+-- When the ledger slot began that a claim at this time falls into; of the UTC calendar it is the whole period.
 create or replace function slot_of(period limit_period, sliding boolean, at timestamptz)
 returns timestamptz
 language sql immutable strict parallel safe
 as $$
     select case
         when period = 'lifetime' then 'epoch'::timestamptz
-        when sliding then date_bin(period_length(period) / 120, at, 'epoch')
+        when sliding then date_bin(slot_length(period), at, 'epoch')
         else date_trunc(period::text, at, 'UTC')
     end
 $$;
@@ -38,7 +43,7 @@ language sql immutable parallel safe
 as $$
     select case
         when period = 'lifetime' then 'infinity'::timestamptz
-        when sliding then slot_at + period_length(period) / 120 + period_length(period) + guard
+        when sliding then slot_at + slot_length(period) + period_length(period) + guard
         when period = 'month'
             then (slot_at at time zone 'UTC' + interval '1 month') at time zone 'UTC'
         else slot_at + period_length(period)
@@ -55,7 +60,7 @@ returns timestamptz
 language sql immutable parallel safe
 as $$
     select case
-        when sliding then now - period_length(period) - period_length(period) / 120 - guard
+        when sliding then now - period_length(period) - slot_length(period) - guard
         else slot_of(period, false, now) - interval '1 microsecond'
     end
 $$;
@@ -102,7 +107,7 @@ comment on function limits_in_force(uuid, uuid[], timestamptz) is 'The limits of
 -- The pace. A limit per minute is not spent in one burst, because providers police shorter windows and slopes:
 -- for every slot, what was claimed since its start may exceed the even rate by at most p_burst_s seconds of it
 -- (but at least one request). Those are the conditions of a token bucket; slots make it laxer by at most their
--- half second, so that 0.3 stays below a bucket of one second. Sixty seconds or more: no pace. Tokens are paced by
+-- quarter second, so that 0.3 stays below a bucket of one second. Sixty seconds or more: no pace. Tokens are paced by
 -- what is expected, not by what is reserved: reservations are far above the true usage until it is known. What
 -- others used at the provider counts for the limit, not for our pace; nor does what went out before the last refusal
 -- (p_paced_since): then the provider's own account was empty, not in debt.

@@ -18,7 +18,8 @@
 --
 -- Order (start-time fair queueing by tokens). A flow's virtual time is the tokens it took divided by its
 -- weight. An item's tag is that plus the tokens before and including it within its flow. The smallest tags
--- of the highest priority go first, so a batch of ten beside one of a hundred thousand is answered at once.
+-- of the highest priority go first, so a batch of ten beside one of a hundred thousand is answered at once; the
+-- first sixteen items of a flow count half.
 -- Admission stops at the first item that does not fit the shared limits: nothing overtakes it, so a big item is
 -- never starved by small ones. An item that does not fit a limit of its own batch, key or value sets only its
 -- flow aside, until that limit has room (flows.waits_until). Lower priorities collect a twentieth of the tokens
@@ -40,7 +41,8 @@
 -- The last row returned has no seq: it reports. next_at says when it is worth asking again (null: nothing
 -- waits; in the past: at once), busy that another worker held a mutex, isolated that a suspect of many
 -- crashes is due: it was taken, and nothing else, if the worker has nothing else to do (p_alone), and
--- otherwise waits until a worker has.
+-- otherwise waits until a worker has. is_limited: any limit or pace bounds what was taken, so that a call must
+-- leave soon after its claim.
 create or replace function claim(
     p_workspace_id uuid,
     p_resource_id uuid,
@@ -55,7 +57,7 @@ create or replace function claim(
 returns table (
     batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
     input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean, endpoint text,
-    body text, claimed_at timestamptz, limit_ids uuid[], busy boolean, isolated boolean,
+    body text, claimed_at timestamptz, limit_ids uuid[], is_limited boolean, busy boolean, isolated boolean,
     next_at timestamptz, reason wait_reason, waits_for uuid, config_at timestamptz
 )
 language plpgsql volatile
@@ -84,12 +86,15 @@ declare
     v_blocked_by uuid;
     v_busy boolean := false;
     v_isolated boolean := false;
+    v_is_limited boolean := false;
     v_probing boolean := false;
     v_credit double precision;
     v_output_high int;
     v_output_mean double precision;
     v_want int := p_want;
     v_room int;
+    v_burst_s double precision;
+    v_own_burst_s double precision := greatest(p_burst_s, 3);
     v_flows claim_flow[];
     v_own_scopes uuid[];
     v_budgets budget[];
@@ -97,7 +102,7 @@ declare
     v_line claim_candidate[];
     v_lifted int[] := '{}';
     v_order int[];
-    -- Of the shared limits together: what is left, what the pace leaves, the largest that may ever fit.
+    -- Of the shared limits together: what is left, what the pace leaves and would at most, what may ever fit.
     v_requests double precision := infinite;
     v_tokens double precision := infinite;
     v_input_tokens double precision := infinite;
@@ -106,6 +111,9 @@ declare
     v_paced_tokens double precision := infinite;
     v_paced_input_tokens double precision := infinite;
     v_paced_output_tokens double precision := infinite;
+    v_burst_tokens double precision := infinite;
+    v_burst_input_tokens double precision := infinite;
+    v_burst_output_tokens double precision := infinite;
     v_most_tokens double precision := infinite;
     v_most_input_tokens double precision := infinite;
     v_most_output_tokens double precision := infinite;
@@ -156,7 +164,7 @@ begin
     if v_n < 3 then
         return query select null::date, null::uuid, null::int, null::int, null::int, null::int,
             null::int, null::int, null::int, null::boolean, null::text, null::text, clock_timestamp(),
-            null::uuid[], true, false, clock_timestamp(), null::wait_reason, null::uuid,
+            null::uuid[], null::boolean, true, false, clock_timestamp(), null::wait_reason, null::uuid,
             v_resource.config_at;
         return;
     end if;
@@ -178,7 +186,7 @@ begin
     with due as materialized (
         select f.batch_id, f.batch_day, f.priority, greatest(f.virtual_time, e.entry) as virtual_time, e.entry,
             f.floor, f.scope_ids,
-            f.weight * urgency(f.created_at, f.expires_at, v_now) as weight,
+            f.weight * urgency(f.created_at, f.expires_at, v_now) as weight, f.total - f.unstarted as started,
             case when f.completed >= 20 then f.output_tokens::double precision / f.completed
                 else v_output_mean end as mean_output_tokens
         from flows f
@@ -220,7 +228,7 @@ begin
         )
     )
     select array_agg(
-        row(r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.entry, r.floor, r.flows,
+        row(r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.entry, r.started, r.floor, r.flows,
             r.mean_output_tokens, r.scope_ids, null)::claim_flow
         order by r.priority desc, r.virtual_time, r.batch_id)
     into v_flows
@@ -270,10 +278,19 @@ begin
 
     -- 5. What the limits leave: the shared ones together, those of flows one by one.
     if v_flows is not null then
+        -- Nobody but us polices those of flows, so their pace may be rougher.
+        v_burst_s := p_burst_s * v_state.burst_share;
         select array_agg(b) into v_budgets
-        from budgets(p_workspace_id, v_shared, v_now, p_guard, p_burst_s * v_state.burst_share,
-            v_state.throttled_at) b;
+        from (
+            select * from budgets(p_workspace_id, v_shared[:3], v_now, p_guard, v_burst_s,
+                v_state.throttled_at)
+            union all
+            select * from budgets(p_workspace_id, v_shared[4:], v_now, p_guard, v_own_burst_s,
+                v_state.throttled_at)
+        ) b;
         foreach v_b in array coalesce(v_budgets, '{}') loop
+            v_is_limited := v_is_limited or coalesce(
+                v_b.requests, v_b.tokens, v_b.input_tokens, v_b.output_tokens, v_b.paced_requests) is not null;
             if v_b.scope_id in (v_resource.connection_id, v_resource.model_scope_id, p_resource_id) then
                 v_common := v_common || v_b.limit_id;
                 v_requests := least(v_requests, v_b.requests);
@@ -284,6 +301,9 @@ begin
                 v_paced_tokens := least(v_paced_tokens, v_b.paced_tokens);
                 v_paced_input_tokens := least(v_paced_input_tokens, v_b.paced_input_tokens);
                 v_paced_output_tokens := least(v_paced_output_tokens, v_b.paced_output_tokens);
+                v_burst_tokens := least(v_burst_tokens, v_b.rate_tokens * v_burst_s);
+                v_burst_input_tokens := least(v_burst_input_tokens, v_b.rate_input_tokens * v_burst_s);
+                v_burst_output_tokens := least(v_burst_output_tokens, v_b.rate_output_tokens * v_burst_s);
                 v_most_tokens := least(v_most_tokens, v_b.most_tokens);
                 v_most_input_tokens := least(v_most_input_tokens, v_b.most_input_tokens);
                 v_most_output_tokens := least(v_most_output_tokens, v_b.most_output_tokens);
@@ -291,7 +311,7 @@ begin
                 v_own := v_own || v_b;
             end if;
         end loop;
-        select array_agg(row(f.batch_id, f.batch_day, f.priority, f.weight, f.virtual_time, f.entry, f.floor, f.flows,
+        select array_agg(row(f.batch_id, f.batch_day, f.priority, f.weight, f.virtual_time, f.entry, f.started, f.floor, f.flows,
             f.mean_output_tokens, f.scope_ids, v_common || array(
                 select o.limit_id from unnest(v_own) o where o.scope_id = any (f.scope_ids)
             ))::claim_flow order by f.ordinality)
@@ -333,7 +353,7 @@ begin
     elsif v_flows is not null and v_want > 0 then
         -- 6. The line: each flow's first items, by priority and tag.
         with candidates as (
-            select f.ordinality::int as flow, f.priority, f.weight, f.virtual_time, f.batch_id, c.*,
+            select f.ordinality::int as flow, f.priority, f.weight, f.virtual_time, f.started, f.batch_id, c.*,
                 greatest(c.input_tokens + least(
                     coalesce(c.max_output_tokens, v_output_high, 1024), v_output_high), 1) as cost
             from unnest(v_flows) with ordinality f
@@ -372,8 +392,12 @@ begin
         ),
         tagged as (
             select c.*, c.priority < max(c.priority) over () as is_lower,
-                c.virtual_time + sum(c.cost) over (partition by c.flow order by c.place) / c.weight as tag
-            from candidates c
+                c.virtual_time + sum(c.cost * first_share(c.started + c.number))
+                    over (partition by c.flow order by c.place) / c.weight as tag
+            from (
+                select d.*, row_number() over (partition by d.flow order by d.place) as number
+                from candidates d
+            ) c
         )
         select array_agg(
             row(t.flow, t.seq, t.attempt, t.input_tokens, t.max_output_tokens, t.suspect, t.is_lower, t.tag)
@@ -433,9 +457,11 @@ begin
             then
                 v_reason := 'capacity';
                 exit;
-            -- The pace is a debt: what an item takes beyond it is waited for before the next one.
+            -- An item larger than a whole burst goes when nothing else has for as long as that takes.
             elsif v_paced_requests < 1
-                or least(v_paced_tokens, v_paced_input_tokens, v_paced_output_tokens) <= 0
+                or v_paced_tokens < least(v_c.input_tokens + v_expected, v_burst_tokens)
+                or v_paced_input_tokens < least(v_c.input_tokens, v_burst_input_tokens)
+                or v_paced_output_tokens < least(v_expected, v_burst_output_tokens)
             then
                 v_reason := 'pace';
                 exit;
@@ -448,7 +474,12 @@ begin
                         or v_b.input_tokens < v_c.input_tokens
                         or v_b.output_tokens < v_output
                         or v_b.paced_requests < 1
-                        or least(v_b.paced_tokens, v_b.paced_input_tokens, v_b.paced_output_tokens) <= 0
+                        or v_b.paced_tokens
+                            < least(v_c.input_tokens + v_expected, v_b.rate_tokens * v_own_burst_s)
+                        or v_b.paced_input_tokens
+                            < least(v_c.input_tokens, v_b.rate_input_tokens * v_own_burst_s)
+                        or v_b.paced_output_tokens
+                            < least(v_expected, v_b.rate_output_tokens * v_own_burst_s)
                     ) then
                         v_set_aside[v_c.flow] := true;
                         v_waiting := v_waiting || v_head;
@@ -596,13 +627,17 @@ begin
         -- 10. Flows, then batches, in key order; each flow's items are one event row.
         for v_flow in
             select f.ordinality::int as flow, f.batch_id, f.weight, f.entry, f.scope_ids, t.items, t.started, t.tokens,
-                h.input_tokens, h.output_tokens
+                h.input_tokens, h.output_tokens, h.expected_output_tokens
             from unnest(v_flows) with ordinality f
             left join (
-                select flow, count(*)::int as items, count(*) filter (where attempt = 1)::int as started,
-                    sum(greatest(input_tokens + output_tokens, 1)) as tokens
-                from unnest(v_taken)
-                group by flow
+                select n.flow, count(*)::int as items, count(*) filter (where n.attempt = 1)::int as started,
+                    sum(greatest(n.input_tokens + n.output_tokens, 1)
+                        * first_share((v_flows[n.flow]).started + n.number)) as tokens
+                from (
+                    select a.*, row_number() over (partition by a.flow order by a.ordinality) as number
+                    from unnest(v_taken) with ordinality a
+                ) n
+                group by n.flow
             ) t on t.flow = f.ordinality
             left join unnest(v_waiting) h on h.flow = f.ordinality
             where t.items is not null or h.flow is not null
@@ -630,7 +665,7 @@ begin
             if v_flow.input_tokens is not null then
                 select * into v_wait
                 from capacity_waits(p_workspace_id, v_flow.scope_ids, v_flow.input_tokens,
-                    v_flow.output_tokens, v_now, p_guard, p_burst_s * v_state.burst_share,
+                    v_flow.output_tokens, v_flow.expected_output_tokens, v_now, p_guard, v_own_burst_s,
                     v_state.throttled_at);
                 update flows f
                 set waits_until = v_wait.next_at, waits_for = v_wait.limit_id
@@ -699,8 +734,8 @@ begin
                 select w.next_at, w.limit_id into v_next, v_waits_for
                 from capacity_waits(p_workspace_id,
                     array[v_resource.connection_id, v_resource.model_scope_id, p_resource_id],
-                    v_head.input_tokens, v_head.output_tokens, v_now, p_guard,
-                    p_burst_s * v_state.burst_share, v_state.throttled_at) w;
+                    v_head.input_tokens, v_head.output_tokens, v_head.expected_output_tokens, v_now, p_guard,
+                    v_burst_s, v_state.throttled_at) w;
             else
                 select w.due_at, w.waits_for into v_next, v_waits_for
                 from work_due(p_workspace_id, p_resource_id, v_now) w;
@@ -724,7 +759,7 @@ begin
     select t.batch_day, t.batch_id, t.seq, t.attempt, t.failures, t.max_attempts, t.input_tokens,
         t.output_tokens, t.expected_output_tokens, t.impossible,
         v_endpoints ->> t.batch_id::text, q.body::text, v_now,
-        case when t.impossible then '{}' else (v_flows[t.flow]).limit_ids end, false, false,
+        case when t.impossible then '{}' else (v_flows[t.flow]).limit_ids end, v_is_limited, false, false,
         null::timestamptz, null::wait_reason, null::uuid, v_resource.config_at
     from unnest(v_taken) t
     join item_requests q on q.workspace_id = t.workspace_id
@@ -732,8 +767,8 @@ begin
         and q.batch_id = t.batch_id
         and q.seq = t.seq;
     return query select null::date, null::uuid, null::int, null::int, null::int, null::int, null::int,
-        null::int, null::int, null::boolean, null::text, null::text, v_now, null::uuid[], v_busy,
-        v_isolated, nullif(v_next, 'infinity'), v_reason, v_waits_for, v_resource.config_at;
+        null::int, null::int, null::boolean, null::text, null::text, v_now, null::uuid[],
+        v_is_limited, v_busy, v_isolated, nullif(v_next, 'infinity'), v_reason, v_waits_for, v_resource.config_at;
 end
 $$;
 comment on function claim(
@@ -753,6 +788,13 @@ as $$
 $$;
 comment on function urgency(timestamptz, timestamptz, timestamptz) is
     'By how much a deadline raises a batch''s weight.';
+
+-- The first sixteen items of a flow count half, so that a small batch is done sooner beside a large one, and still
+-- nobody is starved by many small ones.
+create or replace function first_share(number bigint) returns double precision
+language sql immutable strict parallel safe
+as $$ select case when number <= 16 then 0.5 else 1 end $$;
+comment on function first_share(bigint) is 'By how much the n-th item of a flow counts for its turn.';
 
 -- How many more calls of a resource may be out at once, by the bounds of its connection, its resource and what its
 -- model was seen to bear (p_learned), and the scope of the tightest. No row: there is no bound.
@@ -790,7 +832,7 @@ comment on function calls_room(uuid, uuid, double precision) is
 -- first moment: soon enough to lose nothing, and several at once.
 create or replace function capacity_waits(
     p_workspace_id uuid, p_scope_ids uuid[], p_input_tokens bigint, p_output_tokens bigint,
-    p_now timestamptz, p_guard interval, p_burst_s double precision, p_paced_since timestamptz
+    p_expected_output_tokens bigint, p_now timestamptz, p_guard interval, p_burst_s double precision, p_paced_since timestamptz
 )
 returns table (next_at timestamptz, limit_id uuid)
 language sql stable
@@ -801,18 +843,21 @@ as $$
         from capacity_frees(p_workspace_id, p_scope_ids, 1, p_input_tokens, p_output_tokens, p_now,
             p_guard) f
         union all
-        select p_now + make_interval(secs => greatest(
-                case when b.paced_requests < 1 then
-                    (greatest(b.rate_requests * p_burst_s / 2, 1) - b.paced_requests) / b.rate_requests end,
-                case when b.paced_tokens <= 0 then p_burst_s / 2 - b.paced_tokens / b.rate_tokens end,
-                case when b.paced_input_tokens <= 0
-                    then p_burst_s / 2 - b.paced_input_tokens / b.rate_input_tokens end,
-                case when b.paced_output_tokens <= 0
-                    then p_burst_s / 2 - b.paced_output_tokens / b.rate_output_tokens end
-            )), b.limit_id
+        select p_now + make_interval(secs => max(
+                (greatest(least(k.needed, k.most), k.most / 2) - k.paced) / k.rate)), b.limit_id
         from budgets(p_workspace_id, p_scope_ids, p_now, p_guard, p_burst_s, p_paced_since) b
-        where b.paced_requests < 1
-            or least(b.paced_tokens, b.paced_input_tokens, b.paced_output_tokens) <= 0
+        cross join lateral (
+            values
+                (b.paced_requests, b.rate_requests, 1, greatest(b.rate_requests * p_burst_s, 1)),
+                (b.paced_tokens, b.rate_tokens, p_input_tokens + p_expected_output_tokens,
+                    b.rate_tokens * p_burst_s),
+                (b.paced_input_tokens, b.rate_input_tokens, p_input_tokens,
+                    b.rate_input_tokens * p_burst_s),
+                (b.paced_output_tokens, b.rate_output_tokens, p_expected_output_tokens,
+                    b.rate_output_tokens * p_burst_s)
+        ) k (paced, rate, needed, most)
+        where k.paced < least(k.needed, k.most)
+        group by b.limit_id
         union all
         select p_now, null
     ) w
@@ -820,5 +865,5 @@ as $$
     limit 1
 $$;
 comment on function capacity_waits(
-    uuid, uuid[], bigint, bigint, timestamptz, interval, double precision, timestamptz
+    uuid, uuid[], bigint, bigint, bigint, timestamptz, interval, double precision, timestamptz
 ) is 'When an item may be claimed as far as limits and pace go, and the limit it waits for.';

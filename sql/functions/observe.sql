@@ -239,13 +239,15 @@ begin
         v_is_young := coalesce(s.begun_at, p_now) > p_now - interval '60 seconds';
 
         -- Limits per minute that people or the provider stated, and when they last changed.
-        select min(l.requests)::double precision as requests, max(l.updated_at) as changed_at into v_known
+        select min(l.requests)::double precision as requests, max(l.updated_at) as changed_at,
+            count(*) > 0 and v_seen.wait_s is not null as is_told
+        into v_known
         from limits l
         where l.workspace_id = p_workspace_id
             and l.scope_id = any (v_seen.resource_ids || v_seen.scope_id || v_seen.connection_id)
             and l.period = 'minute'
             and l.dimension is null
-            and l.requests is not null
+            and coalesce(l.requests, l.tokens, l.input_tokens, l.output_tokens) is not null
             and (l.source = 'given' or l.observed_at > p_now - interval '7 days');
         if v_known.changed_at > s.throttled_at then
             s.ceiling := null;
@@ -259,21 +261,23 @@ begin
                     11 * accepted_since(p_workspace_id, v_seen.scope_id, p_now - interval '5 seconds') end);
             if v_seen.refused_at > s.throttled_at then
                 -- Who states a limit and when to come back is believed, as long as it holds.
-                s.ceiling := greatest(least(
-                    case when v_known.requests is null or v_seen.wait_s is null then v_accepted end,
-                    v_base * case
+                s.ceiling := least(
+                    case when not v_known.is_told then v_accepted end,
+                    case when v_base is not null then greatest(3, v_base * case
                         when s.refusals > 0 then 1
                         when s.throttled_at > p_now - interval '10 seconds' then 0.9
-                        else 0.98 end), 3);
-                if v_accepted < 0.9 * v_base and s.refusals = 0 then
+                        else 0.98 end) end);
+                if s.refusals = 0 and (
+                    v_accepted < 0.9 * v_base or v_known.is_told and v_seen.wait_s < 5)
+                then
                     -- Below the limit it was the burst, not the sum.
                     s.burst_share := greatest(s.burst_share / 2, 0.125);
                 end if;
-                s.is_window := not v_is_young or s.refusals > 0;
+                s.is_window := not v_known.is_told and (not v_is_young or s.refusals > 0);
                 s.raise_share := case when s.is_window then 0.5 else 1 end;
                 s.raise_at := p_now + case when not s.is_window then interval '2 seconds'
                     else make_interval(secs => 25 + 10 * random()) end;
-            elsif s.is_window and (v_known.requests is null or v_seen.wait_s is null) then
+            elsif s.is_window and not v_known.is_told then
                 s.ceiling := greatest(least(s.ceiling, v_accepted), 3);
             end if;
         end if;

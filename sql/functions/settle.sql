@@ -496,7 +496,8 @@ begin
             output_tokens = f.output_tokens + coalesce(v_flow.output_tokens, 0),
             virtual_time = greatest(
                 v_held.virtual_time + coalesce(v_flow.drift, 0)
-                    / (f.weight * urgency(f.created_at, f.expires_at, p_now)), 0),
+                    / (f.weight * urgency(f.created_at, f.expires_at, p_now))
+                    * first_share((f.total - f.unstarted)::bigint), 0),
             -- A limit of its own may have room now.
             waits_until = '-infinity',
             waits_for = null,

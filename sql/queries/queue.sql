@@ -12,7 +12,8 @@ limit %(most)s;
 -- name: item_claim
 -- Take items of one resource within its limits. The last row has no seq: it reports.
 select batch_day, batch_id, seq, attempt, failures, max_attempts, input_tokens, output_tokens,
-    expected_output_tokens, impossible, endpoint, body, claimed_at, limit_ids, busy, isolated, next_at,
+    expected_output_tokens, impossible, endpoint, body, claimed_at, limit_ids, is_limited, busy, isolated,
+    next_at,
     reason::text as reason, waits_for, config_at
 from claim(
     %(workspace_id)s, %(resource_id)s, %(worker_id)s, %(want)s, %(alone)s,

@@ -65,6 +65,21 @@ where workspace_id = %(workspace_id)s
     and environment_id = %(environment_id)s
     and api_key_id = %(api_key_id)s;
 
+-- name: api_key_lock
+-- One change of a key at a time; its limits' mutex is held already.
+select 1 as locked
+from api_keys
+where workspace_id = %(workspace_id)s and api_key_id = %(api_key_id)s
+for no key update;
+
+-- name: api_key_change
+-- What people may change of a key, as it is from now on.
+update api_keys
+set description = %(description)s, enabled = %(enabled)s, resources = %(resources)s, labels = %(labels)s,
+    enforce_capacity = %(enforce_capacity)s, capacity = %(capacity)s, expires_at = %(expires_at)s,
+    updated_at = clock_timestamp()
+where workspace_id = %(workspace_id)s and api_key_id = %(api_key_id)s;
+
 -- name: api_key_used
 -- Note that a key was used, at most once a minute.
 update api_keys
@@ -117,6 +132,14 @@ update connections
 set secret_key_id = %(secret_key_id)s, secret = %(secret)s, updated_at = clock_timestamp()
 where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s;
 
+-- name: connection_change
+-- What people may change of a connection, as it is from now on; workers read their routes anew for updated_at.
+update connections
+set description = %(description)s, headers = %(headers)s, allowed_models = %(allowed_models)s,
+    capacity = %(capacity)s, timeout_ms = %(timeout_ms)s, concurrency = %(concurrency)s,
+    updated_at = clock_timestamp()
+where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s;
+
 -- name: resource_insert
 -- A new model on a connection.
 insert into resources (
@@ -128,6 +151,21 @@ values (
     %(model)s, %(default_args)s, %(capacity)s, %(enforce_capacity)s, %(timeout_ms)s, %(concurrency)s,
     %(model_scope_id)s
 );
+
+-- name: resource_lock
+-- One change of a resource at a time; its limits' mutex is held already.
+select 1 as locked
+from resources
+where workspace_id = %(workspace_id)s and resource_id = %(resource_id)s
+for no key update;
+
+-- name: resource_change
+-- What people may change of a resource, as it is from now on; workers read its route anew for updated_at.
+update resources
+set description = %(description)s, default_args = %(default_args)s, capacity = %(capacity)s,
+    enforce_capacity = %(enforce_capacity)s, timeout_ms = %(timeout_ms)s, concurrency = %(concurrency)s,
+    updated_at = clock_timestamp()
+where workspace_id = %(workspace_id)s and resource_id = %(resource_id)s;
 
 -- name: resource_set_timeout
 -- Change how long one call may take; null: as long as the connection says.
@@ -154,7 +192,8 @@ where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s and 
 limit 1;
 
 -- name: connection_lock
--- One resource at a time is made on a connection, so that those of one model find each other.
+-- One resource at a time is made on a connection, so that those of one model find each other; and one change of it
+-- at a time, with its limits' mutex held already.
 select 1 as locked
 from connections
 where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s
@@ -300,7 +339,7 @@ from waiting w
 where f.workspace_id = w.workspace_id and f.batch_id = w.batch_id and f.resource_id = w.resource_id;
 
 -- name: ready_wake
--- What waits for capacity looks again: the limits of this scope were changed. Locks in key order.
+-- What waits for capacity looks again: this scope's limits or concurrency were changed. Locks in key order.
 with waiting as (
     select r.workspace_id, r.resource_id
     from ready r

@@ -129,7 +129,7 @@ class Service(Server):
                 worker_id=self.worker_id,
                 want=want,
                 alone=True,
-                guard_s=1.0,
+                guard_s=0.75,
                 burst_s=60,
                 slow_start=0,
                 grace_s=60.0,

@@ -65,7 +65,7 @@ async def ids_of(service: Service) -> dict[str, object]:
 
 async def test_there_are_doors_to_try(service: Service) -> None:
     found = list(doors(service))
-    assert len(found) == len(set(found)) == 22
+    assert len(found) == len(set(found)) == 28
 
 
 async def test_no_route_opens_without_a_key_or_with_an_unknown_one(service: Service) -> None:
@@ -102,7 +102,7 @@ async def test_no_route_opens_with_a_foreign_tenants_key(service: Service) -> No
             unknown = ids | {"workspaceId": uuid7(), "batchId": uuid7(), "itemId": uuid7()}
             same = await http.request(method, filled(path, **unknown), json={})
             assert same.json() == answer.json(), "a refusal tells whether something exists"
-            if "batchId" in path or "connectionId" in path or "resourceId" in path:
+            if any(name in path for name in ("batchId", "connectionId", "resourceId", "apiKeyId")):
                 answer = await http.request(method, filled(path, **own), json={})
                 assert answer.status_code == 404, (method, path)
 
@@ -241,3 +241,16 @@ async def test_a_confined_key_cannot_widen_its_reach(service: Service) -> None:
         f"api-key/{service.tenant}/{service.key_id}/capacity-usage",
     ):
         assert (await service.http.get(f"/v1/{path}", headers=confined)).status_code == 403
+    me = (await service.http.get("/v1/whoami", headers=confined)).json()["apiKeyId"]
+    for path, body in (
+        (f"ai-connection/{service.tenant}/{service.connection_id}", {"concurrency": 9}),
+        (f"ai-resource/{service.tenant}/{service.resource_id}", {"capacity": None}),
+        (f"api-key/{service.tenant}/{service.key_id}", {"enabled": False}),
+        (f"api-key/{service.tenant}/{me}", {"resources": ["*"]}),
+        (f"api-key/{service.tenant}/{uuid7()}", {"resources": ["*"]}),
+    ):
+        for method in ("PATCH", "PUT"):
+            told = await service.http.request(method, f"/v1/{path}", json=body, headers=confined)
+            assert (told.status_code, told.json()["errorCode"]) == (403, "NOT_AUTHORIZED")
+    assert (await service.get(f"/v1/api-key/{service.tenant}/{me}"))["resources"] != ["*"]
+    assert (await service.get(f"/v1/api-key/{service.tenant}/{service.key_id}"))["enabled"]

@@ -231,7 +231,7 @@ async def test_usage_equals_a_count_by_hand(service: Service) -> None:
     # A slot of half a second, a minute, and the guard after that.
     frees = await value(
         service,
-        "select to_char((date_bin('0.5 s', %s, 'epoch') + interval '61.5 s') at time zone 'UTC',"
+        "select to_char((date_bin('0.25 s', %s, 'epoch') + interval '61 s') at time zone 'UTC',"
         """ 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')""",
         first.claimed_at,
     )
