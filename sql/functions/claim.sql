@@ -457,11 +457,11 @@ begin
             then
                 v_reason := 'capacity';
                 exit;
-            -- An item larger than a whole burst goes when nothing else has for as long as that takes.
+            -- An item may be half a debt: what it takes beyond the pace is waited for before the next one.
             elsif v_paced_requests < 1
-                or v_paced_tokens < least(v_c.input_tokens + v_expected, v_burst_tokens)
-                or v_paced_input_tokens < least(v_c.input_tokens, v_burst_input_tokens)
-                or v_paced_output_tokens < least(v_expected, v_burst_output_tokens)
+                or v_paced_tokens < least(v_c.input_tokens + v_expected, v_burst_tokens) / 2
+                or v_paced_input_tokens < least(v_c.input_tokens, v_burst_input_tokens) / 2
+                or v_paced_output_tokens < least(v_expected, v_burst_output_tokens) / 2
             then
                 v_reason := 'pace';
                 exit;
@@ -475,11 +475,11 @@ begin
                         or v_b.output_tokens < v_output
                         or v_b.paced_requests < 1
                         or v_b.paced_tokens
-                            < least(v_c.input_tokens + v_expected, v_b.rate_tokens * v_own_burst_s)
+                            < least(v_c.input_tokens + v_expected, v_b.rate_tokens * v_own_burst_s) / 2
                         or v_b.paced_input_tokens
-                            < least(v_c.input_tokens, v_b.rate_input_tokens * v_own_burst_s)
+                            < least(v_c.input_tokens, v_b.rate_input_tokens * v_own_burst_s) / 2
                         or v_b.paced_output_tokens
-                            < least(v_expected, v_b.rate_output_tokens * v_own_burst_s)
+                            < least(v_expected, v_b.rate_output_tokens * v_own_burst_s) / 2
                     ) then
                         v_set_aside[v_c.flow] := true;
                         v_waiting := v_waiting || v_head;
@@ -844,19 +844,22 @@ as $$
             p_guard) f
         union all
         select p_now + make_interval(secs => max(
-                (greatest(least(k.needed, k.most), k.most / 2) - k.paced) / k.rate)), b.limit_id
+                (greatest(k.needed, k.most / 2) - k.paced) / k.rate)), b.limit_id
         from budgets(p_workspace_id, p_scope_ids, p_now, p_guard, p_burst_s, p_paced_since) b
         cross join lateral (
             values
                 (b.paced_requests, b.rate_requests, 1, greatest(b.rate_requests * p_burst_s, 1)),
-                (b.paced_tokens, b.rate_tokens, p_input_tokens + p_expected_output_tokens,
+                (b.paced_tokens, b.rate_tokens,
+                    least(p_input_tokens + p_expected_output_tokens, b.rate_tokens * p_burst_s) / 2,
                     b.rate_tokens * p_burst_s),
-                (b.paced_input_tokens, b.rate_input_tokens, p_input_tokens,
+                (b.paced_input_tokens, b.rate_input_tokens,
+                    least(p_input_tokens, b.rate_input_tokens * p_burst_s) / 2,
                     b.rate_input_tokens * p_burst_s),
-                (b.paced_output_tokens, b.rate_output_tokens, p_expected_output_tokens,
+                (b.paced_output_tokens, b.rate_output_tokens,
+                    least(p_expected_output_tokens, b.rate_output_tokens * p_burst_s) / 2,
                     b.rate_output_tokens * p_burst_s)
         ) k (paced, rate, needed, most)
-        where k.paced < least(k.needed, k.most)
+        where k.paced < k.needed
         group by b.limit_id
         union all
         select p_now, null
