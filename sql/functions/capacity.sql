@@ -108,7 +108,8 @@ comment on function limits_in_force(uuid, uuid[], timestamptz) is 'The limits of
 -- for every slot, what was claimed since its start may exceed the even rate by at most p_burst_s seconds of it
 -- (but at least one request). Those are the conditions of a token bucket; slots make it laxer by at most their
 -- quarter second, so that 0.3 stays below a bucket of one second. Sixty seconds or more: no pace. Tokens are paced by
--- what is expected, not by what is reserved: reservations are far above the true usage until it is known. What
+-- what is expected, not by what is reserved: reservations are far above the true usage until it is known. For that
+-- nobody knows yet what calls in flight will use, they have half the burst. What
 -- others used at the provider counts for the limit, not for our pace; nor does what went out before the last refusal
 -- (p_paced_since): then the provider's own account was empty, not in debt.
 create or replace function budgets(
@@ -126,9 +127,9 @@ as $$
         l.output_tokens - coalesce(u.output_tokens, 0),
         case when r.requests is not null
             then greatest(r.requests * p_burst_s, 1) + least(u.paced_requests, 0) end,
-        r.tokens * p_burst_s + least(u.paced_tokens, 0),
-        r.input_tokens * p_burst_s + least(u.paced_input_tokens, 0),
-        r.output_tokens * p_burst_s + least(u.paced_output_tokens, 0),
+        r.tokens * p_burst_s / 2 + least(u.paced_tokens, 0),
+        r.input_tokens * p_burst_s / 2 + least(u.paced_input_tokens, 0),
+        r.output_tokens * p_burst_s / 2 + least(u.paced_output_tokens, 0),
         r.requests, r.tokens, r.input_tokens, r.output_tokens
     )::budget
     from limits_in_force(p_workspace_id, p_scope_ids, p_now) l

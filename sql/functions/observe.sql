@@ -267,9 +267,7 @@ begin
                         when s.refusals > 0 then 1
                         when s.throttled_at > p_now - interval '10 seconds' then 0.9
                         else 0.98 end) end);
-                if s.refusals = 0 and (
-                    v_accepted < 0.9 * v_base or v_known.is_told and v_seen.wait_s < 5)
-                then
+                if s.refusals = 0 and v_accepted < 0.9 * v_base then
                     -- Below the limit it was the burst, not the sum.
                     s.burst_share := greatest(s.burst_share / 2, 0.125);
                 end if;
