@@ -232,7 +232,7 @@ class Provider:
                     connection = await self._connections.open(target.origin)
                 if call.send_by is not None and time.monotonic() > call.send_by:
                     self._connections.give_back(connection)
-                    raise FaultError("late", "There was no connection in time.")  # noqa: TRY301
+                    raise FaultError("late", "There was no connection in time.")  # noqa: TRY301 - all faults end in one place below
                 sent = True
                 reply = await connection.exchange(request, most_bytes=self._max_response_bytes)
                 self._connections.give_back(connection)
