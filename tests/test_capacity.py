@@ -871,7 +871,7 @@ async def test_reservations_fill_the_window_and_expectations_drive_the_pace(scen
     await scene.set_limits(scene.resource_id, per_minute(tokens=6000))
     batch = await scene.submit(50)
     await scene.size(batch, [(10, 4000)] * 50)
-    # The pace: 100 tokens a second, 15 at once. An item of 132 is a debt of 117 beyond that.
+    # The pace: 100 tokens a second, 30 at once. An item of 132 is a debt of 102 beyond that.
     claim = await scene.claim(burst_s=0.3)
     [item] = claim.items
     assert (item.output_tokens, item.expected_output_tokens) == (410, pytest.approx(mean, abs=0.5))
@@ -895,21 +895,21 @@ def slot(at: datetime) -> datetime:
 async def test_the_pace_of_tokens_admits_a_burst_and_one_item_and_then_its_rate(
     scene: Scene, size: int, scope: str
 ) -> None:
-    """60,000 a minute are 1,000 a second; half of 0.3 s at once, of a batch's own limit half of 3 s."""
-    burst = 150 if scope == "resource" else 1500
+    """60,000 a minute are 1,000 a second; 0.3 s of it at once, of a batch's own limit 3 s."""
+    burst = 300 if scope == "resource" else 3000
     batch = await submit_below(scene, scope, per_minute(tokens=60_000), 40)
     await scene.size(batch, [(size - 20, 20)] * 40)
     claim = await scene.claim(burst_s=0.3)
     taken = len(claim.items) * size
     left = float(burst)
-    while left >= min(size, burst) / 2:
+    while left >= min(2 * size, 0.75 * burst):
         left -= size
     assert taken == burst - left
     if size != 2000:
         return
     assert claim.waits_for == await only_limit(scene)
     assert await next_at(scene) == pytest.approx(
-        slot(claim.items[0].claimed_at) + timedelta(seconds=taken / 1000 - burst / 2000),
+        slot(claim.items[0].claimed_at) + timedelta(seconds=taken / 1000 - burst / 4000),
         abs=timedelta(milliseconds=1),
     )
     for second in range(1, 31):

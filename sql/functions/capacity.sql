@@ -108,10 +108,9 @@ comment on function limits_in_force(uuid, uuid[], timestamptz) is 'The limits of
 -- for every slot, what was claimed since its start may exceed the even rate by at most p_burst_s seconds of it
 -- (but at least one request). Those are the conditions of a token bucket; slots make it laxer by at most their
 -- quarter second, so that 0.3 stays below a bucket of one second. Sixty seconds or more: no pace. Tokens are paced by
--- what is expected, not by what is reserved: reservations are far above the true usage until it is known. For that
--- nobody knows yet what calls in flight will use, they have half the burst. What
--- others used at the provider counts for the limit, not for our pace; nor does what went out before the last refusal
--- (p_paced_since): then the provider's own account was empty, not in debt.
+-- what is expected, not by what is reserved: reservations are far above the true usage until it is known (pace_room
+-- says how close to the burst that may go). What others used at the provider counts for the limit, not for our pace;
+-- nor does what went out before the last refusal (p_paced_since): then the provider's own account was empty, not in debt.
 create or replace function budgets(
     p_workspace_id uuid, p_scope_ids uuid[], p_now timestamptz, p_guard interval,
     p_burst_s double precision, p_paced_since timestamptz
@@ -127,9 +126,9 @@ as $$
         l.output_tokens - coalesce(u.output_tokens, 0),
         case when r.requests is not null
             then greatest(r.requests * p_burst_s, 1) + least(u.paced_requests, 0) end,
-        r.tokens * p_burst_s / 2 + least(u.paced_tokens, 0),
-        r.input_tokens * p_burst_s / 2 + least(u.paced_input_tokens, 0),
-        r.output_tokens * p_burst_s / 2 + least(u.paced_output_tokens, 0),
+        r.tokens * p_burst_s + least(u.paced_tokens, 0),
+        r.input_tokens * p_burst_s + least(u.paced_input_tokens, 0),
+        r.output_tokens * p_burst_s + least(u.paced_output_tokens, 0),
         r.requests, r.tokens, r.input_tokens, r.output_tokens
     )::budget
     from limits_in_force(p_workspace_id, p_scope_ids, p_now) l
@@ -168,6 +167,16 @@ as $$
 $$;
 comment on function budgets(uuid, uuid[], timestamptz, interval, double precision, timestamptz) is
     'What the limits of scopes leave, and what their even pace allows at once.';
+
+-- How many tokens the pace must have left for an item of this size to go. Twice its size, because nobody knows yet
+-- what the calls in flight will use; but at most three quarters of the burst: an item larger than that is a debt, and
+-- the next one waits until it is paid.
+create or replace function pace_room(p_tokens double precision, p_burst double precision)
+returns double precision
+language sql immutable strict parallel safe
+as $$ select least(2 * p_tokens, 0.75 * p_burst) $$;
+comment on function pace_room(double precision, double precision) is
+    'Tokens that the pace must have left for an item of this size to go.';
 
 -- When so much would fit all of the given limits at once, the limit that is the last to allow it, and of what.
 -- No row when it fits now; infinity when it never will.

@@ -301,9 +301,9 @@ begin
                 v_paced_tokens := least(v_paced_tokens, v_b.paced_tokens);
                 v_paced_input_tokens := least(v_paced_input_tokens, v_b.paced_input_tokens);
                 v_paced_output_tokens := least(v_paced_output_tokens, v_b.paced_output_tokens);
-                v_burst_tokens := least(v_burst_tokens, v_b.rate_tokens * v_burst_s / 2);
-                v_burst_input_tokens := least(v_burst_input_tokens, v_b.rate_input_tokens * v_burst_s / 2);
-                v_burst_output_tokens := least(v_burst_output_tokens, v_b.rate_output_tokens * v_burst_s / 2);
+                v_burst_tokens := least(v_burst_tokens, v_b.rate_tokens * v_burst_s);
+                v_burst_input_tokens := least(v_burst_input_tokens, v_b.rate_input_tokens * v_burst_s);
+                v_burst_output_tokens := least(v_burst_output_tokens, v_b.rate_output_tokens * v_burst_s);
                 v_most_tokens := least(v_most_tokens, v_b.most_tokens);
                 v_most_input_tokens := least(v_most_input_tokens, v_b.most_input_tokens);
                 v_most_output_tokens := least(v_most_output_tokens, v_b.most_output_tokens);
@@ -457,11 +457,10 @@ begin
             then
                 v_reason := 'capacity';
                 exit;
-            -- An item may be half a debt: what it takes beyond the pace is waited for before the next one.
             elsif v_paced_requests < 1
-                or v_paced_tokens < least(v_c.input_tokens + v_expected, v_burst_tokens) / 2
-                or v_paced_input_tokens < least(v_c.input_tokens, v_burst_input_tokens) / 2
-                or v_paced_output_tokens < least(v_expected, v_burst_output_tokens) / 2
+                or v_paced_tokens < pace_room(v_c.input_tokens + v_expected, v_burst_tokens)
+                or v_paced_input_tokens < pace_room(v_c.input_tokens, v_burst_input_tokens)
+                or v_paced_output_tokens < pace_room(v_expected, v_burst_output_tokens)
             then
                 v_reason := 'pace';
                 exit;
@@ -475,11 +474,11 @@ begin
                         or v_b.output_tokens < v_output
                         or v_b.paced_requests < 1
                         or v_b.paced_tokens
-                            < least(v_c.input_tokens + v_expected, v_b.rate_tokens * v_own_burst_s / 2) / 2
+                            < pace_room(v_c.input_tokens + v_expected, v_b.rate_tokens * v_own_burst_s)
                         or v_b.paced_input_tokens
-                            < least(v_c.input_tokens, v_b.rate_input_tokens * v_own_burst_s / 2) / 2
+                            < pace_room(v_c.input_tokens, v_b.rate_input_tokens * v_own_burst_s)
                         or v_b.paced_output_tokens
-                            < least(v_expected, v_b.rate_output_tokens * v_own_burst_s / 2) / 2
+                            < pace_room(v_expected, v_b.rate_output_tokens * v_own_burst_s)
                     ) then
                         v_set_aside[v_c.flow] := true;
                         v_waiting := v_waiting || v_head;
@@ -850,14 +849,13 @@ as $$
             values
                 (b.paced_requests, b.rate_requests, 1, greatest(b.rate_requests * p_burst_s, 1)),
                 (b.paced_tokens, b.rate_tokens,
-                    least(p_input_tokens + p_expected_output_tokens, b.rate_tokens * p_burst_s / 2) / 2,
-                    b.rate_tokens * p_burst_s / 2),
+                    pace_room(p_input_tokens + p_expected_output_tokens, b.rate_tokens * p_burst_s),
+                    b.rate_tokens * p_burst_s),
                 (b.paced_input_tokens, b.rate_input_tokens,
-                    least(p_input_tokens, b.rate_input_tokens * p_burst_s / 2) / 2,
-                    b.rate_input_tokens * p_burst_s / 2),
+                    pace_room(p_input_tokens, b.rate_input_tokens * p_burst_s), b.rate_input_tokens * p_burst_s),
                 (b.paced_output_tokens, b.rate_output_tokens,
-                    least(p_expected_output_tokens, b.rate_output_tokens * p_burst_s / 2) / 2,
-                    b.rate_output_tokens * p_burst_s / 2)
+                    pace_room(p_expected_output_tokens, b.rate_output_tokens * p_burst_s),
+                    b.rate_output_tokens * p_burst_s)
         ) k (paced, rate, needed, most)
         where k.paced < k.needed
         group by b.limit_id
