@@ -625,22 +625,28 @@ begin
 
         -- 10. Flows, then batches, in key order; each flow's items are one event row.
         for v_flow in
-            select f.ordinality::int as flow, f.batch_id, f.weight, f.entry, f.scope_ids, t.items, t.started, t.tokens,
-                h.input_tokens, h.output_tokens, h.expected_output_tokens
-            from unnest(v_flows) with ordinality f
-            left join (
-                select n.flow, count(*)::int as items, count(*) filter (where n.attempt = 1)::int as started,
-                    sum(greatest(n.input_tokens + n.output_tokens, 1)
-                        * first_share((v_flows[n.flow]).started + n.number)) as tokens
+            -- Looked up by position, not joined: a nested loop would sum the items up anew for every flow.
+            select t.*, (v_flows[t.flow]).batch_id as batch_id, (v_flows[t.flow]).weight as weight,
+                (v_flows[t.flow]).entry as entry, (v_flows[t.flow]).scope_ids as scope_ids
+            from (
+                select n.flow, nullif(count(n.attempt), 0)::int as items,
+                    count(*) filter (where n.attempt = 1)::int as started, sum(n.tokens) as tokens,
+                    max(n.input_tokens) as input_tokens, max(n.output_tokens) as output_tokens,
+                    max(n.expected_output_tokens) as expected_output_tokens
                 from (
-                    select a.*, row_number() over (partition by a.flow order by a.ordinality) as number
+                    select a.flow, a.attempt,
+                        greatest(a.input_tokens + a.output_tokens, 1) * first_share((v_flows[a.flow]).started
+                            + row_number() over (partition by a.flow order by a.ordinality)) as tokens,
+                        null::int as input_tokens, null::int as output_tokens, null::int as expected_output_tokens
                     from unnest(v_taken) with ordinality a
+                    union all
+                    -- What its first item asks for, of a flow that is set aside.
+                    select h.flow, null, null, h.input_tokens, h.output_tokens, h.expected_output_tokens
+                    from unnest(v_waiting) h
                 ) n
                 group by n.flow
-            ) t on t.flow = f.ordinality
-            left join unnest(v_waiting) h on h.flow = f.ordinality
-            where t.items is not null or h.flow is not null
-            order by f.batch_id
+            ) t
+            order by (v_flows[t.flow]).batch_id
         loop
             if v_flow.items is not null then
                 update flows f

@@ -447,23 +447,24 @@ begin
         select array_agg(resource_id) into v_released from released;
     end if;
     for v_flow in
-        select c.batch_id, c.resource_id, min(c.batch_day) as batch_day,
-            count(*) filter (where c.was = 'running')::int as left_running,
-            count(*) filter (where c.was = 'pending')::int as left_pending,
-            count(*) filter (where c.was = 'pending' and c.attempt = 0)::int as left_unstarted,
-            count(*) filter (where c.becomes = 'pending')::int as to_pending,
-            count(*) filter (where c.becomes = 'completed')::int as to_completed,
-            count(*) filter (where c.becomes = 'failed')::int as to_failed,
-            min(c.visible_at) filter (where c.becomes = 'pending') as due_at,
-            max(u.input_tokens) as input_tokens,
-            max(u.output_tokens) as output_tokens,
-            max(u.drift) as drift
-        from unnest(p_changed) c
+        -- Summed up before it is joined: a nested loop would look for every item among all flows.
+        select c.*, u.input_tokens, u.output_tokens, u.drift
+        from (
+            select batch_id, resource_id, min(batch_day) as batch_day,
+                count(*) filter (where was = 'running')::int as left_running,
+                count(*) filter (where was = 'pending')::int as left_pending,
+                count(*) filter (where was = 'pending' and attempt = 0)::int as left_unstarted,
+                count(*) filter (where becomes = 'pending')::int as to_pending,
+                count(*) filter (where becomes = 'completed')::int as to_completed,
+                count(*) filter (where becomes = 'failed')::int as to_failed,
+                min(visible_at) filter (where becomes = 'pending') as due_at
+            from unnest(p_changed)
+            group by batch_id, resource_id
+        ) c
         left join jsonb_to_recordset(p_usage) as u (
             batch_id uuid, resource_id uuid, input_tokens bigint, output_tokens bigint,
             drift double precision
         ) on u.batch_id = c.batch_id and u.resource_id = c.resource_id
-        group by c.batch_id, c.resource_id
         order by c.batch_id, c.resource_id
     loop
         select f.is_cancelled, f.pending, f.virtual_time, f.waits_for, f.priority into strict v_held
