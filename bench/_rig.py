@@ -17,8 +17,12 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self, cast
+from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 from uuid import UUID
+
+import psycopg
+from psycopg import sql
 
 from app import batches, doctor, embedded, migrate, settings, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
@@ -29,6 +33,15 @@ from app.secrets import Keyring, load_or_create_key_file
 
 START_S = 60.0
 STOP_S = 60.0
+
+
+def made_anew(url: str, name: str) -> str:
+    """The address of an empty database of that name on the same server."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        known = sql.Identifier(name)
+        conn.execute(sql.SQL("drop database if exists {} with (force)").format(known))
+        conn.execute(sql.SQL("create database {}").format(known))
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 
 class Rig:
@@ -59,7 +72,10 @@ class Rig:
             "SLUICE_LOG_LEVEL": "warning",
             **variables,
         }
-        self._keyring = Keyring(load_or_create_key_file(home / "secret-key"))
+        key = load_or_create_key_file(home / "secret-key")
+        self._keyring = Keyring(key)
+        if db.url != server.url:
+            self._environment |= {"SLUICE_DATABASE_URL": db.url, "SLUICE_SECRET_KEY": key}
         self._tenant: tenants.Environment | None = None
 
     @classmethod
@@ -68,23 +84,28 @@ class Rig:
         cls,
         home: Path,
         *,
-        simulate: Mapping[str, object],
-        variables: Mapping[str, str],
+        simulate: Mapping[str, object] | None = None,
+        variables: Mapping[str, str] | None = None,
         worker_log: Path | None = None,
+        database: str | None = None,
+        pool: int = 3,
     ) -> AsyncGenerator[Self]:
         """Start Postgres and a simulator with that behaviour, and make a tenant; no workers yet.
 
-        ``variables`` are settings of the workers, whose log goes to ``worker_log`` or to ours.
+        ``simulate`` None: no simulator. ``variables`` are settings of the workers, whose log goes to
+        ``worker_log`` or to ours. ``database``: one of its own on the server, made anew.
         """
         server = embedded.acquire(home)
         try:
-            migrate.migrate(server.url)
-            async with Database(server.url, size=3, revive=server.ensure_running) as db:
-                rig = cls(home, server, db, variables=variables, worker_log=worker_log)
+            url = server.url if database is None else made_anew(server.url, database)
+            migrate.migrate(url)
+            async with Database(url, size=pool, revive=server.ensure_running) as db:
+                rig = cls(home, server, db, variables=variables or {}, worker_log=worker_log)
                 try:
-                    rig._start_simulator()
-                    # Not by flags: the command knows only a part of what a simulator can do.
-                    await rig.behave(**simulate)
+                    if simulate is not None:
+                        rig._start_simulator()
+                        # Not by flags: the command knows only a part of what a simulator can do.
+                        await rig.behave(**simulate)
                     async with db.transaction() as conn:
                         rig._tenant = await tenants.create_workspace(
                             conn, name="bench", environment="bench"
