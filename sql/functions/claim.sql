@@ -135,13 +135,13 @@ declare
     v_taken taken_item[];
     v_floors jsonb;
     v_flow record;
-    v_batch record;
+    v_batch_ids uuid[];
+    v_begun uuid[];
     v_wait record;
     v_next timestamptz;
     v_reason wait_reason;
     v_waits_for uuid;
     v_endpoints jsonb := '{}';
-    v_endpoint text;
 begin
     -- 1. The mutexes, and nothing but the mutexes.
     select r.connection_id, r.model_scope_id, coalesce(r.timeout_ms, c.timeout_ms) as timeout_ms,
@@ -623,86 +623,105 @@ begin
             output_tokens = g.output_tokens + excluded.output_tokens,
             expected_output_tokens = g.expected_output_tokens + excluded.expected_output_tokens;
 
-        -- 10. Flows, then batches, in key order; each flow's items are one event row.
-        for v_flow in
+        -- 10. Flows, then batches, locked in key order and then changed all at once: a claim may take from 64 flows.
+        -- Each flow's items are one event row.
+        select array_agg((v_flows[n]).batch_id) into v_batch_ids
+        from (
+            select t.flow from unnest(v_taken) t union select h.flow from unnest(v_waiting) h
+        ) touched (n);
+        perform 1 from flows f
+        where f.workspace_id = p_workspace_id
+            and f.batch_id = any (v_batch_ids)
+            and f.resource_id = p_resource_id
+        order by f.batch_id
+        for no key update;
+        with taken as materialized (
             -- Looked up by position, not joined: a nested loop would sum the items up anew for every flow.
-            select t.*, (v_flows[t.flow]).batch_id as batch_id, (v_flows[t.flow]).weight as weight,
-                (v_flows[t.flow]).entry as entry, (v_flows[t.flow]).scope_ids as scope_ids
+            select p_workspace_id as workspace_id, (v_flows[t.flow]).batch_id as batch_id,
+                p_resource_id as resource_id, t.*
             from (
-                select n.flow, nullif(count(n.attempt), 0)::int as items,
-                    count(*) filter (where n.attempt = 1)::int as started, sum(n.tokens) as tokens,
-                    max(n.input_tokens) as input_tokens, max(n.output_tokens) as output_tokens,
-                    max(n.expected_output_tokens) as expected_output_tokens
+                select n.flow, count(*)::int as items, count(*) filter (where n.attempt = 1)::int as started,
+                    sum(n.cost * first_share((v_flows[n.flow]).started + n.number)) / (v_flows[n.flow]).weight
+                        as virtual_time
                 from (
-                    select a.flow, a.attempt,
-                        greatest(a.input_tokens + a.output_tokens, 1) * first_share((v_flows[a.flow]).started
-                            + row_number() over (partition by a.flow order by a.ordinality)) as tokens,
-                        null::int as input_tokens, null::int as output_tokens, null::int as expected_output_tokens
+                    select a.flow, a.attempt, greatest(a.input_tokens + a.output_tokens, 1) as cost,
+                        row_number() over (partition by a.flow order by a.ordinality) as number
                     from unnest(v_taken) with ordinality a
-                    union all
-                    -- What its first item asks for, of a flow that is set aside.
-                    select h.flow, null, null, h.input_tokens, h.output_tokens, h.expected_output_tokens
-                    from unnest(v_waiting) h
                 ) n
                 group by n.flow
             ) t
-            order by (v_flows[t.flow]).batch_id
+        )
+        update flows f
+        set pending = f.pending - t.items,
+            unstarted = f.unstarted - t.started,
+            running = f.running + t.items,
+            virtual_time = greatest(f.virtual_time, (v_flows[t.flow]).entry) + t.virtual_time,
+            waits_until = '-infinity',
+            waits_for = null,
+            floor = greatest(f.floor, (v_floors ->> t.flow::text)::int)
+        from taken t
+        where f.workspace_id = t.workspace_id
+            and f.batch_id = t.batch_id
+            and f.resource_id = t.resource_id
+            and not f.is_cancelled
+            and not f.is_paused;
+        get diagnostics v_n = row_count;
+        if v_n < (select count(distinct t.flow) from unnest(v_taken) t) then
+            raise exception 'the flow of a batch was closed during the claim' using errcode = 'SLCLO';
+        end if;
+        for v_flow in
+            select (v_flows[h.flow]).batch_id as batch_id, (v_flows[h.flow]).scope_ids as scope_ids, h.*
+            from unnest(v_waiting) h
+            order by (v_flows[h.flow]).batch_id
         loop
-            if v_flow.items is not null then
-                update flows f
-                set pending = f.pending - v_flow.items,
-                    unstarted = f.unstarted - v_flow.started,
-                    running = f.running + v_flow.items,
-                    virtual_time = greatest(f.virtual_time, v_flow.entry) + v_flow.tokens / v_flow.weight,
-                    waits_until = '-infinity',
-                    waits_for = null,
-                    floor = greatest(f.floor, (v_floors ->> v_flow.flow::text)::int)
-                where f.workspace_id = p_workspace_id
-                    and f.batch_id = v_flow.batch_id
-                    and f.resource_id = p_resource_id
-                    and not f.is_cancelled
-                    and not f.is_paused;
-                if not found then
-                    raise exception 'flow of batch % was closed during the claim', v_flow.batch_id
-                        using errcode = 'SLCLO';
-                end if;
-            end if;
-            if v_flow.input_tokens is not null then
-                select * into v_wait
-                from capacity_waits(p_workspace_id, v_flow.scope_ids, v_flow.input_tokens,
-                    v_flow.output_tokens, v_flow.expected_output_tokens, v_now, p_guard, v_own_burst_s,
-                    v_state.throttled_at);
-                update flows f
-                set waits_until = v_wait.next_at, waits_for = v_wait.limit_id
-                where f.workspace_id = p_workspace_id
-                    and f.batch_id = v_flow.batch_id
-                    and f.resource_id = p_resource_id;
-            end if;
+            select * into v_wait
+            from capacity_waits(p_workspace_id, v_flow.scope_ids, v_flow.input_tokens,
+                v_flow.output_tokens, v_flow.expected_output_tokens, v_now, p_guard, v_own_burst_s,
+                v_state.throttled_at);
+            update flows f
+            set waits_until = v_wait.next_at, waits_for = v_wait.limit_id
+            where f.workspace_id = p_workspace_id
+                and f.batch_id = v_flow.batch_id
+                and f.resource_id = p_resource_id;
         end loop;
-        for v_batch in
-            select f.batch_id, f.batch_day, t.seqs
-            from (
-                select flow, array_agg(seq order by seq) as seqs from unnest(v_taken) group by flow
-            ) t
-            join unnest(v_flows) with ordinality f on f.ordinality = t.flow
-            order by f.batch_id
-        loop
+        select array_agg(distinct t.batch_id) into v_batch_ids from unnest(v_taken) t;
+        perform 1 from batches b
+        where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids)
+        order by b.batch_id
+        for no key update;
+        with begun as (
             update batches b
             set status = 'running', started_at = v_now
-            where b.workspace_id = p_workspace_id
-                and b.batch_id = v_batch.batch_id
-                and b.status = 'pending';
-            if found then
-                perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
-                    'batch-running', null, v_now);
-            end if;
-            select b.endpoint into v_endpoint
-            from batches b
-            where b.workspace_id = p_workspace_id and b.batch_id = v_batch.batch_id;
-            v_endpoints := v_endpoints || jsonb_build_object(v_batch.batch_id, v_endpoint);
-            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id, 'item-running',
-                v_batch.seqs, v_now);
-        end loop;
+            where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids) and b.status = 'pending'
+            returning b.batch_id
+        )
+        select array_agg(batch_id) into v_begun from begun;
+        select jsonb_object_agg(b.batch_id, b.endpoint) into v_endpoints
+        from batches b
+        where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids);
+        -- Numbered under the batches' locks, as event_append does it for one.
+        with numbered as materialized (
+            select t.*, (t.batch_id = any (coalesce(v_begun, '{}')))::int as begun, coalesce((
+                select e.last_no
+                from events e
+                where e.workspace_id = t.workspace_id and e.batch_day = t.batch_day and e.batch_id = t.batch_id
+                order by e.last_no desc
+                limit 1
+            ), 0) as last_no
+            from (
+                select workspace_id, batch_day, batch_id, array_agg(seq order by seq) as seqs
+                from unnest(v_taken)
+                group by workspace_id, batch_day, batch_id
+            ) t
+        )
+        insert into events (workspace_id, batch_day, batch_id, first_no, last_no, kind, at, seqs)
+        select workspace_id, batch_day, batch_id, last_no + 1, last_no + 1, 'batch-running'::event_kind, v_now, null
+        from numbered
+        where begun = 1
+        union all
+        select workspace_id, batch_day, batch_id, last_no + begun + 1, last_no + begun + cardinality(seqs),
+            'item-running', v_now, seqs
+        from numbered;
 
         -- 11. What this claim changes for the next ones.
         if v_lifted_tokens > 0 or v_upper_tokens > 0 and exists (
