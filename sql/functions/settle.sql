@@ -417,8 +417,7 @@ returns uuid[]
 language plpgsql volatile
 as $$
 declare
-    v_flow record;
-    v_held record;
+    v_batch_ids uuid[];
     v_batch record;
     v_released uuid[];
 begin
@@ -426,16 +425,21 @@ begin
         select from flows f
         where f.workspace_id = p_workspace_id and f.is_open and f.waits_for = any (p_freed)
     ) then
-        -- All rows in one order, those changed below included.
+        -- All rows in one order, those changed below included. Found by their indexes: with an or in place of the
+        -- union every flow of the workspace was read.
         perform 1
-        from flows f
-        where f.workspace_id = p_workspace_id
-            and (
-                f.is_open and f.waits_for = any (p_freed)
-                or (f.batch_id, f.resource_id) in (select c.batch_id, c.resource_id from unnest(p_changed) c)
-            )
+        from (
+            select f.workspace_id, f.batch_id, f.resource_id
+            from flows f
+            where f.workspace_id = p_workspace_id and f.is_open and f.waits_for = any (p_freed)
+            union
+            select p_workspace_id, c.batch_id, c.resource_id from unnest(p_changed) c
+        ) c
+        join flows f on f.workspace_id = c.workspace_id
+            and f.batch_id = c.batch_id
+            and f.resource_id = c.resource_id
         order by f.batch_id, f.resource_id
-        for no key update;
+        for no key update of f;
         with released as (
             update flows f
             set waits_until = '-infinity', waits_for = null,
@@ -446,9 +450,19 @@ begin
         )
         select array_agg(resource_id) into v_released from released;
     end if;
-    for v_flow in
+    -- Rows are locked in key order by statements of their own and then changed all at once: a settling may touch
+    -- hundreds of flows.
+    perform 1
+    from (select distinct p_workspace_id as workspace_id, o.batch_id, o.resource_id from unnest(p_changed) o) c
+    join flows f on f.workspace_id = c.workspace_id
+        and f.batch_id = c.batch_id
+        and f.resource_id = c.resource_id
+    order by f.batch_id, f.resource_id
+    for no key update of f;
+    with changed as materialized (
         -- Summed up before it is joined: a nested loop would look for every item among all flows.
-        select c.*, u.input_tokens, u.output_tokens, u.drift
+        select p_workspace_id as workspace_id, c.*, coalesce(u.input_tokens, 0) as input_tokens,
+            coalesce(u.output_tokens, 0) as output_tokens, coalesce(u.drift, 0) as drift
         from (
             select batch_id, resource_id, min(batch_day) as batch_day,
                 count(*) filter (where was = 'running')::int as left_running,
@@ -456,8 +470,7 @@ begin
                 count(*) filter (where was = 'pending' and attempt = 0)::int as left_unstarted,
                 count(*) filter (where becomes = 'pending')::int as to_pending,
                 count(*) filter (where becomes = 'completed')::int as to_completed,
-                count(*) filter (where becomes = 'failed')::int as to_failed,
-                min(visible_at) filter (where becomes = 'pending') as due_at
+                count(*) filter (where becomes = 'failed')::int as to_failed
             from unnest(p_changed)
             group by batch_id, resource_id
         ) c
@@ -465,82 +478,95 @@ begin
             batch_id uuid, resource_id uuid, input_tokens bigint, output_tokens bigint,
             drift double precision
         ) on u.batch_id = c.batch_id and u.resource_id = c.resource_id
-        order by c.batch_id, c.resource_id
-    loop
-        select f.is_cancelled, f.pending, f.virtual_time, f.waits_for, f.priority into strict v_held
-        from flows f
-        where f.workspace_id = p_workspace_id
-            and f.batch_id = v_flow.batch_id
-            and f.resource_id = v_flow.resource_id
-        for no key update;
-        -- What waited for nothing but its own calls re-enters at the virtual time of the others.
-        -- So does what waited for a limit of its own.
-        if v_held.pending = 0 and v_flow.to_pending > 0 and not v_held.is_cancelled
-            or v_held.waits_for is not null
-        then
-            v_held.virtual_time := greatest(v_held.virtual_time,
-                flow_entry(p_workspace_id, v_flow.resource_id, v_held.priority));
-        end if;
+    ),
+    waited as materialized (
+        select f.resource_id
+        from changed c
+        join flows f on f.workspace_id = c.workspace_id
+            and f.batch_id = c.batch_id
+            and f.resource_id = c.resource_id
+        where f.waits_for is not null
+    ),
+    updated as (
         update flows f
-        set running = f.running - v_flow.left_running,
-            unstarted = f.unstarted - case when f.is_cancelled then 0 else v_flow.left_unstarted end,
-            pending = f.pending + case when f.is_cancelled then 0
-                else v_flow.to_pending - v_flow.left_pending end,
-            cancelled = f.cancelled + case when f.is_cancelled
-                then v_flow.to_pending - v_flow.left_pending else 0 end,
-            unmarked = f.unmarked + case when f.is_cancelled
-                then v_flow.to_pending - v_flow.left_pending else 0 end,
-            completed = f.completed + v_flow.to_completed,
-            failed = f.failed + v_flow.to_failed,
-            retries = f.retries + v_flow.to_pending,
-            input_tokens = f.input_tokens + coalesce(v_flow.input_tokens, 0),
-            output_tokens = f.output_tokens + coalesce(v_flow.output_tokens, 0),
+        set running = f.running - c.left_running,
+            unstarted = f.unstarted - case when f.is_cancelled then 0 else c.left_unstarted end,
+            pending = f.pending + case when f.is_cancelled then 0 else c.to_pending - c.left_pending end,
+            cancelled = f.cancelled + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end,
+            unmarked = f.unmarked + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end,
+            completed = f.completed + c.to_completed,
+            failed = f.failed + c.to_failed,
+            retries = f.retries + c.to_pending,
+            input_tokens = f.input_tokens + c.input_tokens,
+            output_tokens = f.output_tokens + c.output_tokens,
             virtual_time = greatest(
-                v_held.virtual_time + coalesce(v_flow.drift, 0)
-                    / (f.weight * urgency(f.created_at, f.expires_at, p_now))
+                -- What waited for nothing but its own calls re-enters at the virtual time of the others.
+                -- So does what waited for a limit of its own.
+                case when f.pending = 0 and c.to_pending > 0 and not f.is_cancelled or f.waits_for is not null
+                    then greatest(f.virtual_time, flow_entry(f.workspace_id, f.resource_id, f.priority))
+                    else f.virtual_time end
+                + c.drift / (f.weight * urgency(f.created_at, f.expires_at, p_now))
                     * first_share((f.total - f.unstarted)::bigint), 0),
             -- A limit of its own may have room now.
             waits_until = '-infinity',
             waits_for = null,
-            is_open = f.total > f.completed + f.failed + f.cancelled
-                + v_flow.to_completed + v_flow.to_failed
-                + case when f.is_cancelled then v_flow.to_pending - v_flow.left_pending else 0 end
-                or f.unmarked + case when f.is_cancelled
-                    then v_flow.to_pending - v_flow.left_pending else 0 end > 0
-        where f.workspace_id = p_workspace_id
-            and f.batch_id = v_flow.batch_id
-            and f.resource_id = v_flow.resource_id;
-        if v_held.waits_for is not null then
-            v_released := v_released || v_flow.resource_id;
-        end if;
-    end loop;
+            is_open = f.total > f.completed + f.failed + f.cancelled + c.to_completed + c.to_failed
+                + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end
+                or f.unmarked + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end > 0
+        from changed c
+        where f.workspace_id = c.workspace_id and f.batch_id = c.batch_id and f.resource_id = c.resource_id
+    )
+    select v_released || array_agg(resource_id) into v_released from waited;
 
+    select array_agg(distinct c.batch_id) into v_batch_ids from unnest(p_changed) c;
+    perform 1
+    from batches b
+    where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids)
+    order by b.batch_id
+    for no key update;
+    -- Numbered under the batches' locks, as event_append does it for one.
+    with happened as materialized (
+        select c.batch_day, c.batch_id, e.kind, array_agg(c.seq order by c.seq) as seqs
+        from (
+            select o.*, case o.becomes when 'completed' then 'item-completed' when 'failed' then 'item-failed'
+                when 'pending' then 'item-retrying' end::event_kind as kind
+            from unnest(p_changed) o
+        ) c
+        cross join lateral (select c.kind) e
+        where e.kind is not null
+        group by c.batch_day, c.batch_id, e.kind
+    ),
+    told as (
+        select h.*, sum(cardinality(h.seqs)) over (partition by h.batch_id order by h.kind) as until
+        from (select p_workspace_id as workspace_id, o.* from happened o offset 0) h
+        join batches b on b.workspace_id = h.workspace_id and b.batch_id = h.batch_id
+        where h.kind <> 'item-retrying' or b.status <> 'cancelled'
+    )
+    insert into events (workspace_id, batch_day, batch_id, first_no, last_no, kind, at, seqs)
+    select t.workspace_id, t.batch_day, t.batch_id, n.before + t.until - cardinality(t.seqs) + 1, n.before + t.until,
+        t.kind, p_now, t.seqs
+    from told t
+    cross join lateral (
+        select coalesce((
+            select e.last_no
+            from events e
+            where e.workspace_id = t.workspace_id and e.batch_day = t.batch_day and e.batch_id = t.batch_id
+            order by e.last_no desc
+            limit 1
+        ), 0) as before
+    ) n;
+    -- Under the same locks the last of several settlings sees what the others committed.
     for v_batch in
-        select c.batch_id, min(c.batch_day) as batch_day,
-            array_agg(c.seq order by c.seq) filter (where c.becomes = 'completed') as completed,
-            array_agg(c.seq order by c.seq) filter (where c.becomes = 'failed') as failed,
-            array_agg(c.seq order by c.seq) filter (where c.becomes = 'pending') as retrying
-        from unnest(p_changed) c
-        group by c.batch_id
-        order by c.batch_id
+        select b.batch_id, b.batch_day
+        from batches b
+        where b.workspace_id = p_workspace_id
+            and b.batch_id = any (v_batch_ids)
+            and not exists (
+                select from flows f
+                where f.workspace_id = b.workspace_id and f.batch_id = b.batch_id and f.is_open
+            )
+        order by b.batch_id
     loop
-        if v_batch.completed is not null then
-            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
-                'item-completed', v_batch.completed, p_now);
-        end if;
-        if v_batch.failed is not null then
-            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
-                'item-failed', v_batch.failed, p_now);
-        end if;
-        if v_batch.retrying is not null and not exists (
-            select from batches b
-            where b.workspace_id = p_workspace_id
-                and b.batch_id = v_batch.batch_id
-                and b.status = 'cancelled'
-        ) then
-            perform event_append(p_workspace_id, v_batch.batch_day, v_batch.batch_id,
-                'item-retrying', v_batch.retrying, p_now);
-        end if;
         perform batch_finish(p_workspace_id, v_batch.batch_day, v_batch.batch_id, p_now);
     end loop;
     return v_released;
