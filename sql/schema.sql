@@ -48,6 +48,9 @@ create type event_kind as enum (
 );
 comment on type event_kind is 'What happened; the same word is the action of an SSE frame.';
 
+create type happening as (batch_day date, batch_id uuid, kind event_kind, seqs int[]);
+comment on type happening is 'Scratch of events_append(): what to tell of a batch. Never stored.';
+
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
     entry double precision, started int, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]

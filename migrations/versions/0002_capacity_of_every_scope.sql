@@ -21,6 +21,7 @@ alter table limit_scopes alter column kind type scope_kind using kind::text::sco
 drop type scope_kind_before;
 create type limit_source as enum ('given', 'observed');
 create type wait_reason as enum ('capacity', 'pace', 'concurrency', 'cooldown', 'retry');
+create type happening as (batch_day date, batch_id uuid, kind event_kind, seqs int[]);
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
     entry double precision, started int, floor int, flows int, mean_output_tokens double precision, scope_ids uuid[], limit_ids uuid[]

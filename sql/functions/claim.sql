@@ -699,29 +699,19 @@ begin
         select jsonb_object_agg(b.batch_id, b.endpoint) into v_endpoints
         from batches b
         where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids);
-        -- Numbered under the batches' locks, as event_append does it for one.
-        with numbered as materialized (
-            select t.*, (t.batch_id = any (coalesce(v_begun, '{}')))::int as begun, coalesce((
-                select e.last_no
-                from events e
-                where e.workspace_id = t.workspace_id and e.batch_day = t.batch_day and e.batch_id = t.batch_id
-                order by e.last_no desc
-                limit 1
-            ), 0) as last_no
+        perform events_append(p_workspace_id, array(
+            select row(t.batch_day, t.batch_id, k.kind, k.seqs)::happening
             from (
-                select workspace_id, batch_day, batch_id, array_agg(seq order by seq) as seqs
+                select batch_day, batch_id, array_agg(seq order by seq) as seqs
                 from unnest(v_taken)
-                group by workspace_id, batch_day, batch_id
+                group by batch_day, batch_id
             ) t
-        )
-        insert into events (workspace_id, batch_day, batch_id, first_no, last_no, kind, at, seqs)
-        select workspace_id, batch_day, batch_id, last_no + 1, last_no + 1, 'batch-running'::event_kind, v_now, null
-        from numbered
-        where begun = 1
-        union all
-        select workspace_id, batch_day, batch_id, last_no + begun + 1, last_no + begun + cardinality(seqs),
-            'item-running', v_now, seqs
-        from numbered;
+            cross join lateral (
+                values (1, 'batch-running'::event_kind, null::int[]), (2, 'item-running', t.seqs)
+            ) k (place, kind, seqs)
+            where k.place = 2 or t.batch_id = any (v_begun)
+            order by t.batch_id, k.place
+        ), v_now);
 
         -- 11. What this claim changes for the next ones.
         if v_lifted_tokens > 0 or v_upper_tokens > 0 and exists (

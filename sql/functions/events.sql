@@ -1,6 +1,38 @@
--- Append one row of events to a batch: one event per item of p_seqs, or one of the batch itself.
--- Takes the batch's row lock and keeps it to the end of the transaction; the number is found by a
--- backward probe of the key under that lock, so no counter row is rewritten by every exchange.
+-- Append events to batches whose row locks the caller holds: of each entry one event per item of its seqs, or one of
+-- the batch itself (null); within a batch in the given order. Numbers are found by a backward probe of the key under
+-- those locks, so no counter row is rewritten by every exchange.
+create or replace function events_append(p_workspace_id uuid, p_happened happening[], p_at timestamptz)
+returns void
+language plpgsql volatile
+as $$
+begin
+    insert into events (workspace_id, batch_day, batch_id, first_no, last_no, kind, at, seqs)
+    select h.workspace_id, h.batch_day, h.batch_id, last.no + h.until - h.events + 1, last.no + h.until, h.kind, p_at,
+        h.seqs
+    from (
+        select p_workspace_id as workspace_id, e.*,
+            sum(e.events) over (partition by e.batch_id order by e.ordinality) as until
+        from (
+            select u.*, coalesce(cardinality(u.seqs), 1) as events
+            from unnest(p_happened) with ordinality u
+        ) e
+    ) h
+    cross join lateral (
+        select coalesce((
+            select e.last_no
+            from events e
+            where e.workspace_id = h.workspace_id and e.batch_day = h.batch_day and e.batch_id = h.batch_id
+            order by e.last_no desc
+            limit 1
+        ), 0) as no
+    ) last;
+end
+$$;
+comment on function events_append(uuid, happening[], timestamptz) is
+    'Append events to batches whose row locks the caller holds.';
+
+-- The same of one batch, for those who do not hold it yet: takes its row lock and keeps it to the end of the
+-- transaction. Returns the number of the last event; null if there is nothing to tell.
 create or replace function event_append(
     p_workspace_id uuid, p_batch_day date, p_batch_id uuid, p_kind event_kind, p_seqs int[],
     p_at timestamptz
@@ -8,8 +40,6 @@ create or replace function event_append(
 returns bigint
 language plpgsql volatile
 as $$
-declare
-    v_last bigint;
 begin
     if p_seqs = '{}' then
         return null;
@@ -17,19 +47,13 @@ begin
     perform 1 from batches b
     where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id
     for no key update;
-    select e.last_no into v_last
-    from events e
-    where e.workspace_id = p_workspace_id
-        and e.batch_day = p_batch_day
-        and e.batch_id = p_batch_id
-    order by e.last_no desc
-    limit 1;
-    v_last := coalesce(v_last, 0);
-    insert into events (workspace_id, batch_day, batch_id, first_no, last_no, kind, at, seqs)
-    values (p_workspace_id, p_batch_day, p_batch_id, v_last + 1,
-        v_last + coalesce(cardinality(p_seqs), 1), p_kind, p_at, p_seqs);
-    return v_last + coalesce(cardinality(p_seqs), 1);
+    perform events_append(p_workspace_id, array[row(p_batch_day, p_batch_id, p_kind, p_seqs)::happening], p_at);
+    return (
+        select max(e.last_no)
+        from events e
+        where e.workspace_id = p_workspace_id and e.batch_day = p_batch_day and e.batch_id = p_batch_id
+    );
 end
 $$;
 comment on function event_append(uuid, date, uuid, event_kind, int[], timestamptz) is
-    'Append events to a batch, numbered under its row lock.';
+    'Lock a batch and append events to it; the number of the last one, or null.';

@@ -524,37 +524,24 @@ begin
     where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids)
     order by b.batch_id
     for no key update;
-    -- Numbered under the batches' locks, as event_append does it for one.
-    with happened as materialized (
-        select c.batch_day, c.batch_id, e.kind, array_agg(c.seq order by c.seq) as seqs
+    perform events_append(p_workspace_id, array(
+        select row(h.batch_day, h.batch_id, h.kind, h.seqs)::happening
         from (
-            select o.*, case o.becomes when 'completed' then 'item-completed' when 'failed' then 'item-failed'
-                when 'pending' then 'item-retrying' end::event_kind as kind
-            from unnest(p_changed) o
-        ) c
-        cross join lateral (select c.kind) e
-        where e.kind is not null
-        group by c.batch_day, c.batch_id, e.kind
-    ),
-    told as (
-        select h.*, sum(cardinality(h.seqs)) over (partition by h.batch_id order by h.kind) as until
-        from (select p_workspace_id as workspace_id, o.* from happened o offset 0) h
-        join batches b on b.workspace_id = h.workspace_id and b.batch_id = h.batch_id
-        where h.kind <> 'item-retrying' or b.status <> 'cancelled'
-    )
-    insert into events (workspace_id, batch_day, batch_id, first_no, last_no, kind, at, seqs)
-    select t.workspace_id, t.batch_day, t.batch_id, n.before + t.until - cardinality(t.seqs) + 1, n.before + t.until,
-        t.kind, p_now, t.seqs
-    from told t
-    cross join lateral (
-        select coalesce((
-            select e.last_no
-            from events e
-            where e.workspace_id = t.workspace_id and e.batch_day = t.batch_day and e.batch_id = t.batch_id
-            order by e.last_no desc
-            limit 1
-        ), 0) as before
-    ) n;
+            select c.batch_day, c.batch_id, c.kind, array_agg(c.seq order by c.seq) as seqs
+            from (
+                select o.*, case o.becomes when 'completed' then 'item-completed' when 'failed' then 'item-failed'
+                    when 'pending' then 'item-retrying' end::event_kind as kind
+                from unnest(p_changed) o
+            ) c
+            where c.kind is not null
+            group by c.batch_day, c.batch_id, c.kind
+        ) h
+        where h.kind <> 'item-retrying' or not exists (
+            select from batches b
+            where b.workspace_id = p_workspace_id and b.batch_id = h.batch_id and b.status = 'cancelled'
+        )
+        order by h.batch_id, h.kind
+    ), p_now);
     -- Under the same locks the last of several settlings sees what the others committed.
     for v_batch in
         select b.batch_id, b.batch_day
