@@ -198,6 +198,19 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Brief:
+    """An item without its texts: what followers are told who want no more."""
+
+    seq: int
+    resource_id: UUID
+    failures: int
+    custom_id: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    error_code: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What became of an item, without its request."""
 
@@ -292,6 +305,7 @@ _batches_resources = Query("batches", "batches_resources", _Uses)
 _run_batches = Query("batches", "run_batches", RunBatch)
 _items_page = Query("items", "items_page", Item)
 _items_some = Query("items", "items_some", Item)
+_items_brief = Query("items", "items_brief", Brief)
 _results = Query("items", "results_stream", Result)
 _redrive = Query("items", "items_redrive", _Redriven)
 
@@ -704,6 +718,17 @@ async def items(
 async def items_numbered(conn: Connection, *, batch: Batch, seqs: Sequence[int]) -> list[Item]:
     """Certain items, in input order."""
     return await _items_some.all(
+        conn,
+        workspace_id=batch.workspace_id,
+        batch_id=batch.batch_id,
+        batch_day=batch.batch_day,
+        seqs=list(seqs),
+    )
+
+
+async def items_brief(conn: Connection, *, batch: Batch, seqs: Sequence[int]) -> list[Brief]:
+    """The same without their texts, which are not read."""
+    return await _items_brief.all(
         conn,
         workspace_id=batch.workspace_id,
         batch_id=batch.batch_id,

@@ -9,11 +9,13 @@ a domain function: processes and handlers do (``async with db.transaction() as c
 import asyncio
 import random
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, LiteralString, Self, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import AsyncConnection
@@ -29,6 +31,8 @@ log = Log("db")
 Connection = AsyncConnection[Any]
 Row = TypeVar("Row")
 Result = TypeVar("Result")
+
+_RESTED_S = 1.0
 
 _HERE = Path(__file__).resolve().parent
 _NAME = re.compile(rb"^-- name: (\w+)[^\n]*\n", re.MULTILINE)
@@ -121,13 +125,14 @@ class Database:
         self.url = url
         self._revive = revive
         self._reviving = asyncio.Lock()
+        self._used_at = WeakKeyDictionary[Connection, float]()
         self._pool = AsyncConnectionPool[Connection](
             url,
             kwargs={"autocommit": True, "application_name": name, **KEEPALIVE},
             min_size=1,
             max_size=size,
             # A connection that died while it rested is replaced here, not found by its next user.
-            check=AsyncConnectionPool.check_connection,
+            check=self._check,
             timeout=5,
             reconnect_timeout=5,
             max_lifetime=3600,
@@ -156,7 +161,13 @@ class Database:
         try:
             yield conn
         finally:
+            self._used_at[conn] = time.monotonic()
             await self._pool.putconn(conn)
+
+    async def _check(self, conn: Connection) -> None:
+        """Ask a connection whether it lives; not one that did a second ago: it costs a round trip."""
+        if time.monotonic() - self._used_at.get(conn, -_RESTED_S) >= _RESTED_S:
+            await AsyncConnectionPool.check_connection(conn)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Connection]:

@@ -98,6 +98,12 @@ class Settings(BaseModel):
     )
     ledger_keep_hours: int = Field(default=48, ge=2, description="how long ledger slots are kept")
     sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
+    sse_recheck_s: float = Field(
+        default=10.0, gt=0, description="how often a stream's caller is asked about again"
+    )
+    stall_s: float = Field(
+        default=60.0, ge=1, description="a client that takes nothing for so long is cut off"
+    )
 
     @property
     def direct_url(self) -> str | None:

@@ -31,6 +31,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -75,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sluice-sse-") as home:
         figures = asyncio.run(_Run(options, Path(home)).run())
     for name, value in figures.items():
-        print(f"{name:44} {value}")
+        print(f"{name:58} {value}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
     sys.exit(0 if not figures["gaps or repeats"] and figures["complete"] else 1)
@@ -93,7 +94,7 @@ class Listener(asyncio.Protocol):
         self.wrong = 0
         self._head = head
         self._times = times
-        self._tail = b""
+        self._tail: bytes = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         resume = f"last-event-id: {self.last}\r\n" if self.last else ""
@@ -101,22 +102,26 @@ class Listener(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic()
-        data = self._tail + data
+        text = self._tail + data
         end = 0
-        for found in _EVENT.finditer(data):
+        for found in _EVENT.finditer(text):
             number = int(found[1])
             if number != self.last + 1:
                 self.wrong += 1
             self.last = number
             self._times[number] = now
             end = found.end()
-        if b"data: [DONE]\n\n" in data[end:] and not self.ended.done():
+        if b"data: [DONE]\n\n" in text[end:] and not self.ended.done():
             self.ended.set_result(True)
-        self._tail = data[max(end, len(data) - _KEEP) :]
+        self._tail = text[max(end, len(text) - _KEEP) :]
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
         if not self.ended.done():
             self.ended.set_result(False)
+
+
+def _same(listener: Listener) -> Listener:
+    return listener
 
 
 async def _listen(
@@ -135,7 +140,7 @@ async def _listen(
         while True:
             told = Listener(head, last, mine)
             try:
-                transport, _ = await loop.create_connection(lambda: told, host, port)
+                transport, _ = await loop.create_connection(partial(_same, told), host, port)
             except OSError:
                 await asyncio.sleep(random.uniform(0.05, 0.5))  # noqa: S311 - jitter
                 continue
@@ -190,6 +195,7 @@ class _Run:
     home: Path
     committed: list[float] = field(default_factory=lambda: [0.0])
     """When each event was committed, by its number."""
+    connecting_s: float = 0.0
 
     async def run(self) -> dict[str, Any]:
         server = embedded.acquire(self.home)
@@ -264,15 +270,12 @@ class _Run:
             for number in range(2):
                 share = (self.options.listeners + number) // 2
                 mine = asks | {"listeners": share, "output": str(self.home / f"times-{number}")}
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "bench.sse", "--listen", json.dumps(mine)],
-                        stdout=subprocess.PIPE,
-                    )
-                )
+                processes.append(_start_listening(mine))
+            begun = time.monotonic()
             async with asyncio.timeout(START_S + self.options.listeners / 50):
                 for process in processes:
                     assert await asyncio.to_thread(_line, process) == b"present\n"
+            self.connecting_s = time.monotonic() - begun
             yield processes
         finally:
             for process in processes:
@@ -323,6 +326,7 @@ class _Run:
             "complete": missing == 0,
             "missing": missing,
             "gaps or repeats": sum(each["wrong"] for each in told),
+            "from the start of all until each had its first event, s": round(self.connecting_s, 2),
             "connections made": sum(each["connections"] for each in told),
             **_spread("before the kill", committed, times, steady),
             **_spread("after the restart", committed, times, again),
@@ -355,6 +359,11 @@ def _spread(
     }
 
 
+def _start_listening(asks: dict[str, Any]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bench.sse", "--listen", json.dumps(asks)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
 def _line(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout is not None
     return process.stdout.readline()
@@ -363,7 +372,10 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
 async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, UUID, str]:
     async with db.transaction() as conn:
         tenant = await tenants.create_workspace(conn, name="bench", environment="bench")
-        ids = {"workspace_id": tenant.workspace_id, "environment_id": tenant.environment_id}
+        ids: dict[str, Any] = {
+            "workspace_id": tenant.workspace_id,
+            "environment_id": tenant.environment_id,
+        }
         connection_id = await tenants.create_connection(
             conn,
             keyring=keyring,
@@ -384,7 +396,10 @@ async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, 
 async def _submit(
     db: Database, tenant: tenants.Environment, resource_id: UUID, items: int
 ) -> NewBatch:
-    ids = {"workspace_id": tenant.workspace_id, "environment_id": tenant.environment_id}
+    ids: dict[str, Any] = {
+        "workspace_id": tenant.workspace_id,
+        "environment_id": tenant.environment_id,
+    }
     batch = NewBatch(type="async", **ids)
     async with db.connection() as conn:
         await batches.prepare_day(conn, batch)

@@ -34,7 +34,7 @@ _BACKLOG = 2048
 
 def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url: str) -> Litestar:
     """The API on a pool that is open. ``listen_url`` reaches Postgres past any pooler."""
-    hub = Hub(db, keepalive_s=settings.sse_keepalive_s)
+    hub = Hub(db, keepalive_s=settings.sse_keepalive_s, recheck_s=settings.sse_recheck_s)
     context = Context(
         settings=settings,
         db=db,
@@ -55,6 +55,8 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         supervisor.start("ringer", context.ringer.run)
         supervisor.start("listener", listener.run)
         supervisor.start("look", hub.look)
+        supervisor.start("ping", hub.ping)
+        supervisor.start("recheck", hub.recheck)
         try:
             yield
         finally:
@@ -117,7 +119,7 @@ async def serve(
     caller's. Raises SluiceError when it cannot listen or cannot start.
     """
     app = create_app(settings, db, keyring=keyring, listen_url=listen_url)
-    listening = _bind(settings.host, settings.port)
+    listening = _bind(settings.host, settings.port, stall_s=settings.stall_s)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{listening.getsockname()[1]}"
     server = _Server(
@@ -167,7 +169,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, *, stall_s: float) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -180,6 +182,10 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from None
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Inherited by every connection: one whose client takes nothing for so long, dead or stalled,
+        # is closed by the kernel. Only Linux can; elsewhere TCP's own patience applies.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stall_s * 1000))
         listening.bind(address)
         # Now, not when the server starts: two processes may bind, only one may listen.
         listening.listen(_BACKLOG)

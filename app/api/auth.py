@@ -56,6 +56,11 @@ async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRo
     connection.scope["state"]["api_key"] = key
 
 
+def credential(request: AnyRequest) -> tuple[str | None, str | None]:
+    """What a request shows of who sends it, for those who ask about many of them together."""
+    return request.headers.get("x-api-key"), request.headers.get("authorization")
+
+
 async def caller(request: AnyRequest) -> ApiKey:
     """The key that the guard found."""
     return request.scope["state"]["api_key"]

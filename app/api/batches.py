@@ -18,10 +18,11 @@ from msgspec import UNSET
 
 from app import batches, capacity, forecast, queue, tenants
 from app.api import described, ingest, streams, wire, wire_batches, wire_capacity, wire_tenants
-from app.api.auth import Caller, authenticate, batch_for, tenant_caller
+from app.api.auth import Caller, authenticate, batch_for, credential, tenant_caller
+from app.api.auth import caller as caller_of
 from app.api.context import Context, Given
 from app.api.errors import AnyRequest, ErrorBody
-from app.api.streams import View
+from app.api.streams import Standing, View
 from app.batches import Batch, Status, Steering
 from app.db import CONNECTION_ERRORS, Connection
 from app.doorbell import EVENTS, WORK
@@ -36,7 +37,7 @@ log = Log("api")
 Answer = partial(ResponseSpec, generate_examples=False)
 
 _SSE_HEADERS: Final = {
-    "cache-control": "no-cache",
+    "cache-control": "no-cache, no-transform",
     "connection": "keep-alive",
     "x-accel-buffering": "no",
 }
@@ -215,7 +216,7 @@ async def create(
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, created.batch_id)
         if created.type == "sync":
-            return _stream(context, batch, after=0, view=view, headers=headers)
+            return _stream(context, request, batch, after=0, view=view, headers=headers)
         page, cursor = await streams.first_items(conn, batch)
     body = await asyncio.to_thread(
         wire.encode, wire_batches.batch_body(batch, items=page, items_next_cursor=cursor)
@@ -591,7 +592,7 @@ async def follow(
     position = number(after if last is None else last, name, default=0, least=0, most=2**53)
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
-    return _stream(context, batch, after=position, view=view)
+    return _stream(context, request, batch, after=position, view=view)
 
 
 def _view(slim: str | None, strict: str | None) -> View:
@@ -602,14 +603,21 @@ def _view(slim: str | None, strict: str | None) -> View:
 
 def _stream(
     context: Context,
+    request: AnyRequest,
     batch: Batch,
     *,
     after: int,
     view: View,
     headers: dict[str, str] | None = None,
 ) -> Stream:
+    async def check() -> None:
+        await request.route_handler.authorize_connection(request)  # pyright: ignore[reportUnknownMemberType]
+        async with context.db.connection() as conn:
+            await batch_for(conn, await caller_of(request), batch.batch_id)
+
+    standing = Standing(who=credential(request), check=check)
     return Stream(
-        context.hub.follow(batch, after=after, view=view),
+        context.hub.follow(batch, after=after, view=view, standing=standing),
         media_type="text/event-stream",
         status_code=200,
         headers=_SSE_HEADERS | (headers or {}),

@@ -1,24 +1,31 @@
 """Server-sent events: a batch's history as it is written, resumable from any number.
 
 One hub per process. A ring of the doorbell, or a look every second and a half in case a ring was
-lost, wakes those who follow a batch; each then reads the events after the last one it sent. First
-connect, resume and lost ring are the same code path. Followers that stand at the same number share
-one reading and its encoded frames.
+lost, wakes a batch; whoever waits for news of it is then handed the events after the last one that
+it was sent. First connect, resume and lost ring are the same code path: reading the table from a
+number on.
 
-Reading is pulled: a follower reads on only when what it read was taken by its connection, so a slow
-reader holds one chunk of frames (about a megabyte) and simply reads later.
+A thousand listeners cost one reading. Those who stand at the same number share it and its encoded
+frames; each is woken once and written to once. After a wake the batch rests for as
+long as serving it kept the processor busy: many rings in a row become one wake, and half of the
+processor is left for other requests however many listen.
+
+Reading is pulled: a follower asks for more only when what it got was taken by its connection, so a
+slow reader holds one chunk of frames and simply reads later. There is no queue that could grow.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from app import batches, events
-from app.api import wire, wire_batches
-from app.batches import Batch, Item, Status
-from app.db import Connection, Database
+from app.api import wire, wire_batches, wire_streams
+from app.batches import Batch, Brief, Item, Status
+from app.db import CONNECTION_ERRORS, Connection, Database
+from app.errors import DatabaseUnavailableError, NotFoundError, RequestError
 from app.events import Event, Kind
 from app.log import Log
 
@@ -49,10 +56,16 @@ _STATUS: Final[dict[Kind, Status]] = {
 }
 
 _LOOK_S: Final = 1.5
-_CHUNK_BYTES: Final = 1024 * 1024
-_MOST_EVENTS: Final = 200  # per chunk
-_MOST_ROWS: Final = 20  # of events per reading; each may tell of hundreds of items
-_FIRST_BYTES: Final = 32 * 1024  # assumed of a frame until some were seen
+_RECHECK_S: Final = 10.0
+_PROGRESS_S: Final = 1.0
+_CHUNK_BYTES: Final = 256 * 1024
+_MOST_EVENTS: Final = 500  # per chunk
+_MOST_ROWS: Final = 50  # of events per reading; each may tell of hundreds of items
+_MOST_READINGS: Final = 4  # at once, so that streams never take the whole pool
+_FIRST_BYTES: Final = {
+    False: 32 * 1024.0,
+    True: 512.0,
+}  # of a frame, slim or not, until one was seen
 
 #: Items and bytes at most in one answer that shows a batch with its items.
 MOST_ITEMS: Final = 1000
@@ -61,7 +74,8 @@ _MOST_BYTES: Final = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """How a follower wants it. ``slim``: without texts. ``strict``: documented events only."""
+    """How a follower wants it. ``slim``: ids, states and counts only. ``strict``: documented events
+    only."""
 
     slim: bool = False
     strict: bool = False
@@ -69,51 +83,109 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Frames after a number. ``after``: the number to read on from; ``ended``: nothing follows."""
+    """Frames after a number.
+
+    ``progress``: one more, for those who had none lately. ``after``: the number to read on from. ``more``: there was more to read. ``ended``: nothing
+    follows. ``turn``: the batch's count of wakes when it was read; later ones may bring more.
+    """
 
     frames: bytes
+    progress: bytes
     after: int
+    more: bool
     ended: bool
+    turn: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Who follows, and whether it still may.
+
+    ``check`` raises RequestError once a new request of the same caller would be refused; followers
+    with an equal ``who`` are asked about together.
+    """
+
+    who: Hashable
+    check: Callable[[], Awaitable[None]]
 
 
 class GoneError(Exception):
     """The batch no longer exists: its retention is over."""
 
 
+#: What ends a wait: frames, a failure, or (None) nothing but to look around and show a sign of life.
+News = Chunk | BaseException | None
+_Place = tuple[int, View]
+
+
+class _Follower:
+    """One stream. ``waits``: its future, while it waits for news; ``since``: from when on."""
+
+    __slots__ = ("refused", "since", "waits")
+
+    def __init__(self) -> None:
+        self.waits: asyncio.Future[News] | None = None
+        self.since = 0.0
+        self.refused: RequestError | None = None
+
+    def wake(self, news: News) -> None:
+        """End its wait."""
+        if self.waits is not None and not self.waits.done():
+            self.waits.set_result(news)
+
+
 @dataclass(slots=True, kw_only=True)
 class _Followed:
+    """A batch that is followed. ``turn`` counts its wakes; ``waiting``: who waits, and where."""
+
     workspace_id: UUID
     environment_id: UUID
     batch_id: UUID
-    followers: int = 0
-    frame_bytes: float = _FIRST_BYTES
-    rung: asyncio.Event = field(default_factory=asyncio.Event)
-    reading: dict[tuple[int, View], asyncio.Task[Chunk]] = field(
-        default_factory=dict[tuple[int, View], asyncio.Task[Chunk]]
+    followers: set[_Follower] = field(default_factory=set[_Follower])
+    standings: dict[Hashable, tuple[Standing, set[_Follower]]] = field(
+        default_factory=dict[Hashable, tuple[Standing, set[_Follower]]]
     )
+    waiting: dict[_Place, set[_Follower]] = field(default_factory=dict[_Place, set[_Follower]])
+    reading: dict[_Place, asyncio.Task[Chunk]] = field(
+        default_factory=dict[_Place, asyncio.Task[Chunk]]
+    )
+    turn: int = 0
+    serving: asyncio.Task[None] | None = None
+    frame_bytes: dict[bool, float] = field(default_factory=_FIRST_BYTES.copy)
 
 
 class Hub:
     """Wakes followers and reads for them."""
 
-    def __init__(self, db: Database, *, keepalive_s: float = 15.0, look_s: float = _LOOK_S) -> None:
+    def __init__(
+        self,
+        db: Database,
+        *,
+        keepalive_s: float = 15.0,
+        look_s: float = _LOOK_S,
+        recheck_s: float = _RECHECK_S,
+    ) -> None:
         self._db = db
         self._keepalive_s = keepalive_s
         self._look_s = look_s
+        self._recheck_s = recheck_s
         self._followed: dict[UUID, _Followed] = {}
+        self._readings = asyncio.Semaphore(_MOST_READINGS)
         self._closing = False
 
     @property
     def followers(self) -> int:
         """How many streams are open."""
-        return sum(f.followers for f in self._followed.values())
+        return sum(len(f.followers) for f in self._followed.values())
+
+    # Waking ---------------------------------------------------------------------------------------
 
     def heard(self, _: str, ids: frozenset[UUID] | None) -> None:
         """A ring: these batches (None: any) have news."""
         for batch_id in list(self._followed if ids is None else ids & self._followed.keys()):
             followed = self._followed[batch_id]
-            rung, followed.rung = followed.rung, asyncio.Event()
-            rung.set()
+            followed.turn += 1
+            self._serve(followed)
 
     async def look(self) -> None:
         """Wake everyone now and then, for ever: a lost ring delays, never strands."""
@@ -121,51 +193,83 @@ class Hub:
             await asyncio.sleep(self._look_s)
             self.heard("", None)
 
+    async def ping(self) -> None:
+        """Let silent streams show that they live, for ever."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._keepalive_s / 4)
+            silent_since = clock() - self._keepalive_s * 3 / 4
+            for followed in list(self._followed.values()):
+                for follower in followed.followers:
+                    if follower.since <= silent_since:
+                        follower.wake(None)
+
+    async def recheck(self) -> None:
+        """End the streams of those who may no longer follow, for ever."""
+        while True:
+            await asyncio.sleep(self._recheck_s)
+            for followed in list(self._followed.values()):
+                for standing, members in list(followed.standings.values()):
+                    try:
+                        await standing.check()
+                    except NotFoundError:
+                        continue  # the next reading says so
+                    except RequestError as error:
+                        for follower in members:
+                            follower.refused = error
+                            follower.wake(None)
+                    except (*CONNECTION_ERRORS, DatabaseUnavailableError):
+                        continue  # nobody is let in meanwhile either; asked again next time
+
     def close(self) -> None:
         """End every stream where it stands; clients resume elsewhere by their last event's id."""
         self._closing = True
-        self.heard("", None)
         for followed in self._followed.values():
-            for task in followed.reading.values():
-                task.cancel()
+            for task in (*followed.reading.values(), followed.serving):
+                if task is not None:
+                    task.cancel()
+            for follower in followed.followers:
+                follower.wake(None)
 
-    async def follow(self, batch: Batch, *, after: int, view: View) -> AsyncGenerator[bytes]:
+    # Following ------------------------------------------------------------------------------------
+
+    async def follow(
+        self, batch: Batch, *, after: int, view: View, standing: Standing | None = None
+    ) -> AsyncGenerator[bytes]:
         """The frames of a batch's events after a number, until its last one and ``[DONE]``.
 
         While the database is away it keeps pinging and goes on afterwards.
         """
-        followed = self._join(batch)
-        pulse = _Pulse(self._keepalive_s)
+        follower = _Follower()
+        followed = self._join(batch, follower, standing)
+        seen: int | None = None
+        progress_due = 0.0
         try:
             while not self._closing:
-                rung = followed.rung  # taken before reading, so that no ring falls between
-                reading = self._reading(followed, after, view)
-                while not await pulse.ends(reading):
-                    yield PING
-                if reading.cancelled():
+                chunk = await self._next(followed, follower, (after, view), seen)
+                if isinstance(chunk, BaseException):
+                    yield _last_words(batch.batch_id, chunk)
                     return
-                if (error := reading.exception()) is not None:
-                    yield _last_words(batch.batch_id, error)
+                if follower.refused is not None:
+                    yield error_frame(str(follower.refused), follower.refused.code) + ERROR
                     return
-                chunk = reading.result()
-                if chunk.frames:
+                if chunk is None:
+                    if not self._closing:
+                        yield PING
+                    continue
+                if chunk.progress and follower.since >= progress_due:
+                    progress_due = follower.since + _PROGRESS_S
+                    yield chunk.frames + chunk.progress
+                elif chunk.frames:
                     yield chunk.frames
-                    pulse.restart()
                 if chunk.ended:
                     yield DONE
                     return
-                if chunk.after == after:
-                    resting = asyncio.create_task(rung.wait())
-                    try:
-                        while not await pulse.ends(resting):
-                            yield PING
-                    finally:
-                        resting.cancel()
-                after = chunk.after
+                after, seen = chunk.after, None if chunk.more else chunk.turn
         finally:
-            self._leave(followed)
+            self._leave(followed, follower)
 
-    def _join(self, batch: Batch) -> _Followed:
+    def _join(self, batch: Batch, follower: _Follower, standing: Standing | None) -> _Followed:
         followed = self._followed.get(batch.batch_id)
         if followed is None:
             followed = self._followed[batch.batch_id] = _Followed(
@@ -173,78 +277,128 @@ class Hub:
                 environment_id=batch.environment_id,
                 batch_id=batch.batch_id,
             )
-        followed.followers += 1
+        followed.followers.add(follower)
+        if standing is not None:
+            followed.standings.setdefault(standing.who, (standing, set()))[1].add(follower)
         return followed
 
-    def _leave(self, followed: _Followed) -> None:
-        followed.followers -= 1
+    def _leave(self, followed: _Followed, follower: _Follower) -> None:
+        followed.followers.discard(follower)
+        for who, (_, members) in list(followed.standings.items()):
+            members.discard(follower)
+            if not members:
+                del followed.standings[who]
         if not followed.followers:
             self._followed.pop(followed.batch_id, None)
-            for task in followed.reading.values():
-                task.cancel()
+            for task in (*followed.reading.values(), followed.serving):
+                if task is not None:
+                    task.cancel()
 
-    def _reading(self, followed: _Followed, after: int, view: View) -> asyncio.Task[Chunk]:
-        """The reading at a number, shared by all who stand there."""
-        key = (after, view)
-        task = followed.reading.get(key)
-        if task is None:
-            task = asyncio.create_task(
-                self._db.persist(lambda: self._read(followed, after, view), what="stream")
-            )
-            followed.reading[key] = task
+    async def _next(
+        self, followed: _Followed, follower: _Follower, place: _Place, seen: int | None
+    ) -> News:
+        """What comes after a place.
 
-            def done(finished: asyncio.Task[Chunk]) -> None:
-                followed.reading.pop(key, None)
-                if not finished.cancelled():
-                    finished.exception()  # seen, even if every follower has left
+        ``seen``: the turn at which all there was had been read; None: some was left, or all of it.
+        """
+        loop = asyncio.get_running_loop()
+        waits = follower.waits = loop.create_future()
+        follower.since = loop.time()
+        there = followed.waiting.setdefault(place, set())
+        there.add(follower)
+        if seen is None:
+            self._read_for(followed, place)
+        elif seen != followed.turn:
+            self._serve(followed)  # a ring fell between that reading and now
+        try:
+            return await waits
+        finally:
+            follower.waits = None
+            there.discard(follower)
+            if not there and followed.waiting.get(place) is there:
+                del followed.waiting[place]
 
-            task.add_done_callback(done)
+    # Serving --------------------------------------------------------------------------------------
+
+    def _serve(self, followed: _Followed) -> None:
+        """Read for all who wait for a batch's news; soon, if that was done a moment ago."""
+        if not self._closing and (followed.serving is None or followed.serving.done()):
+            followed.serving = asyncio.create_task(self._serve_turns(followed))
+
+    async def _serve_turns(self, followed: _Followed) -> None:
+        served = -1
+        while served != followed.turn:
+            served = followed.turn
+            begun = time.thread_time()
+            tasks = [self._read_for(followed, place) for place in list(followed.waiting)]
+            if tasks:
+                await asyncio.wait(tasks)
+            # Who was woken is written to before the loop comes back here.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await asyncio.sleep(time.thread_time() - begun)
+
+    def _read_for(self, followed: _Followed, place: _Place) -> asyncio.Task[Chunk]:
+        """The reading at a place, shared by all who stand there; wakes them with what it brings."""
+        task = followed.reading.get(place)
+        if task is not None:
+            return task
+
+        async def read() -> Chunk:
+            async with self._readings:
+                return await self._read(followed, *place)
+
+        task = asyncio.create_task(self._db.persist(read, what="stream"))
+        followed.reading[place] = task
+
+        def deliver(finished: asyncio.Task[Chunk]) -> None:
+            followed.reading.pop(place, None)
+            if finished.cancelled():
+                return
+            error = finished.exception()
+            if error is None:
+                chunk = finished.result()
+                if not chunk.frames and chunk.after == place[0] and not chunk.ended:
+                    # No news. Whoever came while it was being read is told at the next turn.
+                    if chunk.turn != followed.turn:
+                        self._serve(followed)
+                    return
+            for follower in followed.waiting.get(place, ()):
+                follower.wake(finished.result() if error is None else error)
+
+        task.add_done_callback(deliver)
         return task
 
     async def _read(self, followed: _Followed, after: int, view: View) -> Chunk:
+        turn = followed.turn  # taken before reading, so that no ring falls between
         async with self._db.connection() as conn:
             batch = await _fresh(conn, followed)
             news = await _after(conn, batch, after)
-            if not news:
-                # Nothing new was there when the batch had already ended: nothing will come.
-                return Chunk(frames=b"", after=after, ended=batch.is_finished)
-            most = int(_CHUNK_BYTES / followed.frame_bytes)
+            most = int(_CHUNK_BYTES / followed.frame_bytes[view.slim])
             some = news[: min(max(most, 1), _MOST_EVENTS)]
+            # A row has at least one event: fewer events than rows asked for were all there are.
+            more = len(some) < len(news) or len(news) >= _MOST_ROWS or batch.is_finished
             told = [e for e in some if not view.strict or e.kind in DOCUMENTED]
-            items: dict[int, Item] = {}
-            seqs = sorted({e.seq for e in told if e.seq is not None})
-            if seqs:
-                found = await batches.items_numbered(conn, batch=batch, seqs=seqs)
-                items = {item.seq: item for item in found}
-            if any(e.seq is None for e in told):
-                batch = await _fresh(conn, followed)  # no older than the events that show it
-            frames: list[bytes] = []
-            for event in told:
-                payload = await _payload(conn, batch, event, items, view)
-                if payload is not None:
-                    frames.append(frame(event, payload))
-        if seqs and frames:
-            followed.frame_bytes = max(sum(map(len, frames)) / len(frames), 256.0)
-        return Chunk(frames=b"".join(frames), after=some[-1].no, ended=False)
-
-
-class _Pulse:
-    """When a silent stream must show that it lives."""
-
-    def __init__(self, every_s: float) -> None:
-        self._clock = asyncio.get_running_loop().time
-        self._every_s = every_s
-        self.restart()
-
-    def restart(self) -> None:
-        self._due_at = self._clock() + self._every_s
-
-    async def ends(self, task: asyncio.Task[Any]) -> bool:
-        """Wait for the task's end; False when a ping is due first. Leaves the task alone."""
-        await asyncio.wait({task}, timeout=max(0.0, self._due_at - self._clock()))
-        if not task.done():
-            self.restart()
-        return task.done()
+            shown = batch
+            if told:
+                shown = await _fresh(conn, followed)  # no older than the events that show it
+            frames = await _frames(conn, shown, told, view)
+        of_items = [len(f) for f, e in zip(frames, told, strict=True) if e.seq is not None]
+        if of_items:
+            # Never far below the largest that was seen lately.
+            followed.frame_bytes[view.slim] = max(
+                *of_items, followed.frame_bytes[view.slim] / 2, 256
+            )
+        shows_progress = of_items and not more and not view.strict and not shown.is_finished
+        return Chunk(
+            frames=b"".join(frames),
+            progress=_progress(shown, view) if shows_progress else b"",
+            after=some[-1].no if some else after,
+            more=more,
+            # Nothing new was there when the batch had already ended: nothing will come.
+            ended=not news and batch.is_finished,
+            turn=turn,
+        )
 
 
 def _last_words(batch_id: UUID, error: BaseException) -> bytes:
@@ -282,21 +436,45 @@ async def _after(conn: Connection, batch: Batch, number: int) -> list[Event]:
     )
 
 
-async def _payload(
-    conn: Connection, batch: Batch, event: Event, items: dict[int, Item], view: View
-) -> bytes | None:
-    """The event's payload; None when its item's texts are gone (retention)."""
-    if event.seq is not None:
-        item = items.get(event.seq)
-        if item is None:
-            return None
-        return wire.encode(
-            wire_batches.item_body(batch, item, status=_STATUS[event.kind], slim=view.slim)
-        )
-    if event.kind == "batch-created" and not view.slim:
+async def _frames(conn: Connection, batch: Batch, told: Sequence[Event], view: View) -> list[bytes]:
+    """A frame of each event; empty where its item's texts are gone (retention)."""
+    seqs = sorted({e.seq for e in told if e.seq is not None})
+    items: Mapping[int, Item] | Mapping[int, Brief] = {}
+    if seqs and view.slim:
+        items = {i.seq: i for i in await batches.items_brief(conn, batch=batch, seqs=seqs)}
+    elif seqs:
+        items = {i.seq: i for i in await batches.items_numbered(conn, batch=batch, seqs=seqs)}
+    frames: list[bytes] = []
+    for event in told:
+        if event.seq is None:
+            frames.append(frame(event, await _batch_payload(conn, batch, event.kind, view)))
+            continue
+        status = _STATUS[event.kind]
+        match items.get(event.seq):
+            case Item() as item:
+                body = wire_batches.item_body(batch, item, status=status)
+            case Brief() as item:
+                body = wire_streams.slim_item(batch, item, status=status)
+            case None:
+                frames.append(b"")
+                continue
+        frames.append(frame(event, wire.encode(body)))
+    return frames
+
+
+async def _batch_payload(conn: Connection, batch: Batch, kind: Kind, view: View) -> bytes:
+    if view.slim:
+        return wire.encode(wire_streams.slim_batch(batch))
+    if kind == "batch-created":
         page, cursor = await first_items(conn, batch)
         return wire.encode(wire_batches.batch_body(batch, items=page, items_next_cursor=cursor))
     return wire.encode(wire_batches.batch_body(batch))
+
+
+def _progress(batch: Batch, view: View) -> bytes:
+    """Where the batch stands. No event: it has no number, and nobody is told it twice."""
+    payload = wire_streams.slim_batch(batch) if view.slim else wire_batches.batch_body(batch)
+    return b'data: {"action":"batch-progress","payload":%s}\n\n' % _one_line(wire.encode(payload))
 
 
 async def first_items(
@@ -335,16 +513,20 @@ def frame(event: Event, payload: bytes) -> bytes:
     spaces. U+2028, U+2029 and U+0085, which some clients take for line breaks, can only stand
     inside strings: they become escapes.
     """
+    return b'id: %d\ndata: {"action":"%s","payload":%s}\n\n' % (
+        event.no,
+        event.kind.encode(),
+        _one_line(payload),
+    )
+
+
+def _one_line(payload: bytes) -> bytes:
     if b"\n" in payload or b"\r" in payload:
         payload = payload.replace(b"\n", b" ").replace(b"\r", b" ")
     for raw, escaped in _LINE_BREAKS:
         if raw in payload:
             payload = payload.replace(raw, escaped)
-    return b'id: %d\ndata: {"action":"%s","payload":%s}\n\n' % (
-        event.no,
-        event.kind.encode(),
-        payload,
-    )
+    return payload
 
 
 _LINE_BREAKS: Final = (

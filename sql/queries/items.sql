@@ -129,6 +129,34 @@ left join lateral (
 ) a on true
 order by i.seq;
 
+-- name: items_brief
+-- Given items of a batch without their texts, in order: what a slim stream shows.
+select i.seq, i.resource_id, i.failures, q.custom_id, r.input_tokens, r.output_tokens, r.error_code
+from items i
+join lateral (
+    select q.custom_id
+    from item_requests q
+    where q.workspace_id = i.workspace_id
+        and q.batch_day = %(batch_day)s
+        and q.batch_id = i.batch_id
+        and q.seq = i.seq
+    limit 1
+) q on true
+left join lateral (
+    select r.input_tokens, r.output_tokens, r.error_code
+    from item_results r
+    where r.workspace_id = i.workspace_id
+        and r.batch_day = %(batch_day)s
+        and r.batch_id = i.batch_id
+        and r.seq = i.seq
+    limit 1
+) r on true
+where i.workspace_id = %(workspace_id)s
+    and i.batch_id = %(batch_id)s
+    and i.batch_day = %(batch_day)s
+    and i.seq = any (%(seqs)s::int[])
+order by i.seq;
+
 -- name: results_stream
 -- State and answer of every item in input order, without the requests: for writing output files.
 select i.seq, i.status::text as status, r.status_code, r.response, r.error_code, r.error_message, q.custom_id,

@@ -238,7 +238,7 @@ class Reader:
     async def event(self) -> tuple[int, str, Json] | None:
         """The next event: number, action, payload. None at ``[DONE]``."""
         while (block := await self.block()) is not None:
-            if block == ": ping":
+            if block == ": ping" or block.startswith('data: {"action":"batch-progress"'):
                 continue
             if block == "data: [DONE]":
                 return None

@@ -21,7 +21,7 @@ async def test_a_sync_stream_tells_everything_in_order(service: Service) -> None
     async with service.http.stream("POST", service.batches, json=body) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["cache-control"] == "no-cache, no-transform"
         assert answer.headers["x-accel-buffering"] == "no"
         assert answer.headers["connection"] == "keep-alive"
         stream = service.reader(answer)
