@@ -22,7 +22,7 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from app import capacity, queue, tokens
+from app import capacity, queue, quotas, tokens
 from app.capacity import Amount
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError, Problem, ValidationError
@@ -406,6 +406,7 @@ class Ingest:
 
     ``prepare_day`` must have been awaited before the transaction began. Problems of items are
     collected (the first 100) and raised together by ``finish``, so that one answer names them all.
+    ``quota``: what the workspace may have in the queue, where it has none of its own; None: anything.
     """
 
     def __init__(
@@ -417,14 +418,17 @@ class Ingest:
         most_items: int = MOST_ITEMS,
         most_item_bytes: int = 8 * 1024 * 1024,
         key_amounts: Sequence[Amount] = (),
+        quota: quotas.Amounts | None = None,
     ) -> None:
         self._conn = conn
+        self._quota = quota
         self._batch = batch
         self._most_items = min(most_items, MOST_ITEMS)
         self._scale = _Scale.of(
             batch, resources, most_item_bytes=most_item_bytes, key_amounts=key_amounts
         )
         self._flows: dict[UUID, int] = {}
+        self._bytes: dict[UUID, int] = {}
         self._estimated = 0
         self.count = 0
         self.problems: list[Problem] = []
@@ -449,6 +453,7 @@ class Ingest:
         self._estimated += prepared.input_tokens
         for item in items:
             self._flows[item.resource_id] = self._flows.get(item.resource_id, 0) + 1
+            self._bytes[item.resource_id] = self._bytes.get(item.resource_id, 0) + len(item.body)
         async with self._conn.cursor() as cursor:
             async with cursor.copy(_COPY_ITEMS) as copy:
                 await copy.write(prepared.items)
@@ -456,7 +461,7 @@ class Ingest:
                 await copy.write(prepared.requests)
 
     async def finish(self) -> UUID:
-        """Write batch, flows and the first event; the batch's id. Raises ValidationError."""
+        """Write batch, flows and the first event; the batch's id. Raises RequestError."""
         if not self.count:
             self.problems.append(Problem(path="items", message="must have at least one item"))
         if self.problems:
@@ -502,6 +507,7 @@ class Ingest:
             scope_ids=scope_ids,
             resource_ids=resource_ids,
             items=[self._flows[r] for r in resource_ids],
+            request_bytes=[self._bytes[r] for r in resource_ids],
         )
         if batch.amounts:
             await capacity.open_scope(
@@ -521,6 +527,11 @@ class Ingest:
             batch_id=batch.batch_id,
             kind="batch-created",
         )
+        if self._quota is not None:
+            added = quotas.Amounts(items=self.count, batches=1, bytes=sum(self._bytes.values()))
+            await quotas.enforce(
+                conn, workspace_id=batch.workspace_id, default=self._quota, added=added
+            )
         await _ready_now.run(conn, workspace_id=batch.workspace_id, resource_ids=resource_ids)
         return batch.batch_id
 

@@ -13,7 +13,8 @@ SluiceError                     a sentence for a person: what is wrong, where, a
     ├── ForbiddenError          403
     ├── NotFoundError           404
     ├── ConflictError           409, permanent: never worth an automatic retry
-    └── TooLargeError           413
+    ├── TooLargeError           413
+    └── QuotaError              429, worth repeating later
 
 A message never carries a prompt, a provider's body or a secret: messages are logged.
 """
@@ -120,3 +121,15 @@ class TooLargeError(RequestError):
     """The request is larger than a configured limit, which the message names."""
 
     status = 413
+
+
+class QuotaError(RequestError):
+    """The workspace has as much in the queue as it may; repeat it in ``retry_after_s``."""
+
+    status = 429
+
+    def __init__(
+        self, message: str, *, code: str, details: dict[str, object], retry_after_s: int
+    ) -> None:
+        super().__init__(message, code=code, details=details)
+        self.retry_after_s = retry_after_s

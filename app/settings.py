@@ -90,6 +90,17 @@ class Settings(BaseModel):
     max_item_bytes: int = Field(
         default=8 * 1024 * 1024, ge=256, description="largest request of one item"
     )
+    quota_items: int = Field(
+        default=10_000_000, ge=0, description="most unfinished items of a workspace; 0: any number"
+    )
+    quota_batches: int = Field(
+        default=100_000, ge=0, description="most unfinished batches of a workspace; 0: any number"
+    )
+    quota_bytes: int = Field(
+        default=20 * 1024**3,
+        ge=0,
+        description="most bytes of their requests; 0: any number",
+    )
     max_response_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
     )

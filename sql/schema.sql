@@ -112,13 +112,23 @@ create table workspaces (
     name text not null,
     description text,
     created_at timestamptz not null default now(),
-    constraint workspaces_pkey primary key (workspace_id)
+    quota_items bigint,
+    quota_batches bigint,
+    quota_bytes bigint,
+    constraint workspaces_pkey primary key (workspace_id),
+    constraint workspaces_quotas_not_negative check (least(quota_items, quota_batches, quota_bytes) >= 0)
 );
 comment on table workspaces is 'A tenant. No statement but an operator''s ever crosses one.';
 comment on column workspaces.workspace_id is 'UUIDv7, minted by the application.';
 comment on column workspaces.name is 'For people.';
 comment on column workspaces.description is 'For people.';
 comment on column workspaces.created_at is 'When the row was made.';
+comment on column workspaces.quota_items is
+    'Most items that have not ended; 0: any number, null: what SLUICE_QUOTA_ITEMS says.';
+comment on column workspaces.quota_batches is
+    'Most batches that have not ended; 0: any number, null: what SLUICE_QUOTA_BATCHES says.';
+comment on column workspaces.quota_bytes is
+    'Most bytes of their requests; 0: any number, null: what SLUICE_QUOTA_BYTES says.';
 
 create table environments (
     workspace_id uuid not null references workspaces,
@@ -535,6 +545,7 @@ create table flows (
     expires_at timestamptz,
     waits_until timestamptz not null default '-infinity',
     waits_for uuid,
+    request_bytes bigint not null default 0,
     constraint flows_pkey primary key (workspace_id, batch_id, resource_id),
     constraint flows_counts_add_up check (pending + running + completed + failed + cancelled = total),
     constraint flows_counts_not_negative check (
@@ -581,6 +592,7 @@ comment on column flows.created_at is 'When it was made.';
 comment on column flows.expires_at is 'The batch''s deadline; urgency rises towards it.';
 comment on column flows.waits_until is 'Claims pass it by until then: a limit of its own is used up.';
 comment on column flows.waits_for is 'That limit; null: it waits for none.';
+comment on column flows.request_bytes is 'Size of its requests as they were submitted.';
 
 create table ready (
     workspace_id uuid not null,

@@ -18,6 +18,7 @@ from psycopg_pool import PoolTimeout
 
 from app.errors import (
     DatabaseUnavailableError,
+    QuotaError,
     RequestError,
     TooLargeError,
     UnauthenticatedError,
@@ -103,6 +104,8 @@ def _refused(_: AnyRequest, error: RequestError) -> Response[bytes]:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, TooLargeError | StorageFullError):
         headers["connection"] = "close"  # or the rest of the body would still be received
+    if isinstance(error, QuotaError):
+        headers["retry-after"] = str(error.retry_after_s)
     return refusal(error.status, error.code, str(error), details=error.details, headers=headers)
 
 

@@ -25,7 +25,7 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, tenants
+from app import batches, capacity, forecast, quotas, tenants
 from app.api import auth
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
@@ -109,6 +109,7 @@ class _Examined:
     """What the first walk found. ``asked``: resources by id or name, and the first item of each."""
 
     head: BatchHead
+    items: int
     items_at: int
     asked: dict[UUID | str, int]
 
@@ -136,6 +137,11 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                 if known is not None:
                     return Created(batch_id=known, type=batch.type, replayed=True)
             batch = replace(batch, expires_at=await _deadline(conn, head))
+            quota = _quota(context)
+            if found.items > _FEW:
+                # So much is not written in vain. Whoever comes between now and the commit counts then.
+                added = quotas.Amounts(items=found.items, batches=1, bytes=0)
+                await quotas.look(conn, workspace_id=key.workspace_id, default=quota, added=added)
             ingest = Ingest(
                 conn,
                 batch,
@@ -143,6 +149,7 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                 most_items=context.settings.max_items,
                 most_item_bytes=context.settings.max_item_bytes,
                 key_amounts=await _key_amounts(conn, key),
+                quota=quota,
             )
             async for items in _new_items(context, body.file, found.items_at, by_reference):
                 await ingest.add(items)
@@ -194,6 +201,13 @@ async def estimate_batch(context: Context, request: AnyRequest, key: ApiKey) -> 
             clockwork=context.clockwork,
         )
     return Estimated(appraisal=appraiser.found, plan=plan, expires_at=expires_at)
+
+
+def _quota(context: Context) -> quotas.Amounts:
+    settings = context.settings
+    return quotas.Amounts(
+        items=settings.quota_items, batches=settings.quota_batches, bytes=settings.quota_bytes
+    )
 
 
 def _new_batch(
@@ -420,7 +434,12 @@ class _Walk:
                 )
         if problems or head is None or self._splitter.elements_at is None:
             raise ValidationError(problems)
-        return _Examined(head=head, items_at=self._splitter.elements_at, asked=self._asked)
+        return _Examined(
+            head=head,
+            items=self._count,
+            items_at=self._splitter.elements_at,
+            asked=self._asked,
+        )
 
 
 def _up_to(source: Iterator[T], most: int) -> Iterator[T]:

@@ -17,11 +17,12 @@ values (
 -- Store a batch's flows. A new flow enters at the virtual time of the flow served next.
 insert into flows (
     workspace_id, batch_id, resource_id, batch_day, priority, weight, expires_at, scope_ids, virtual_time,
-    total, unstarted, pending
+    total, unstarted, pending, request_bytes
 )
 select %(workspace_id)s, %(batch_id)s, g.resource_id, %(batch_day)s, %(priority)s, %(weight)s, %(expires_at)s,
-    %(scope_ids)s, flow_entry(%(workspace_id)s, g.resource_id, %(priority)s::smallint), g.items, g.items, g.items
-from unnest(%(resource_ids)s::uuid[], %(items)s::int[]) as g (resource_id, items)
+    %(scope_ids)s, flow_entry(%(workspace_id)s, g.resource_id, %(priority)s::smallint), g.items, g.items, g.items,
+    g.request_bytes
+from unnest(%(resource_ids)s::uuid[], %(items)s::int[], %(request_bytes)s::bigint[]) as g (resource_id, items, request_bytes)
 order by g.resource_id;
 
 -- name: ready_now
