@@ -9,14 +9,11 @@ from collections.abc import AsyncGenerator, Callable, Generator
 import uvicorn
 from litestar import Litestar, Router
 from litestar.di import Provide
-from litestar.openapi.config import OpenAPIConfig
-from litestar.openapi.plugins import ScalarRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app import __version__
 from app.api import batches, errors, health, tenants
 from app.api.context import Context
+from app.api.documentation import documentation
 from app.api.streams import Hub
 from app.db import Database
 from app.doorbell import EVENTS, Listener, Ringer
@@ -79,28 +76,9 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         exception_handlers={**errors.HANDLERS},
         before_send=[errors.stamp],
         plugins=[PydanticPlugin(prefer_alias=True)],
-        openapi_config=_documentation(prefix),
+        openapi_config=documentation(prefix),
         logging_config=None,
         debug=False,
-    )
-
-
-def _documentation(prefix: str) -> OpenAPIConfig:
-    return OpenAPIConfig(
-        title="Sluice",
-        version=__version__,
-        description="Batches of language model requests, within the providers' limits.",
-        path=f"{prefix}/docs",
-        render_plugins=[ScalarRenderPlugin()],
-        components=Components(
-            security_schemes={
-                "apiKey": SecurityScheme(
-                    type="apiKey", name="x-api-key", security_scheme_in="header"
-                ),
-                "bearer": SecurityScheme(type="http", scheme="bearer"),
-            }
-        ),
-        security=[{"apiKey": []}, {"bearer": []}],
     )
 
 

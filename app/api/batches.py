@@ -17,7 +17,16 @@ from litestar.response import Stream
 from msgspec import UNSET
 
 from app import batches, capacity, forecast, queue, tenants
-from app.api import described, ingest, streams, wire, wire_batches, wire_capacity, wire_tenants
+from app.api import (
+    described,
+    ingest,
+    streams,
+    wire,
+    wire_batches,
+    wire_capacity,
+    wire_streams,
+    wire_tenants,
+)
 from app.api.auth import Caller, authenticate, batch_for, credential, tenant_caller
 from app.api.auth import caller as caller_of
 from app.api.context import Context, Given
@@ -191,7 +200,9 @@ class CreateOperation(Operation):
     operation_class=CreateOperation,
     request_max_body_size=None,  # checked while it is spooled, with a sentence that helps
     responses={
-        200: Answer(str, description="SYNC: events", media_type="text/event-stream"),
+        200: Answer(
+            wire_streams.StreamEvent, description="SYNC: events", media_type="text/event-stream"
+        ),
         201: Answer(wire_batches.BatchBody, description="ASYNC: the batch"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
         409: Answer(ErrorBody, description="The idempotency key was used otherwise"),
@@ -570,7 +581,7 @@ async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> R
     summary="Follow a batch",
     description="Server-sent events from the beginning, or after Last-Event-ID or ?after=.",
     responses={
-        200: Answer(str, description="Events", media_type="text/event-stream"),
+        200: Answer(wire_streams.StreamEvent, description="Events", media_type="text/event-stream"),
     },
 )
 async def follow(

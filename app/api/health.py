@@ -5,11 +5,12 @@ import asyncio
 import msgspec
 import psycopg
 from litestar import Response, Router, get
+from litestar.openapi.datastructures import ResponseSpec
 from psycopg.conninfo import make_conninfo
 
 from app import migrate
 from app.api.context import Context, Given
-from app.api.errors import refusal
+from app.api.errors import ErrorBody, refusal
 from app.db import CONNECTION_ERRORS
 
 _PATIENCE_S = 5
@@ -31,7 +32,14 @@ def healthcheck() -> Health:
     return Health()
 
 
-@get("/readyz", summary="Ready: the database answers and has the schema this program needs")
+@get(
+    "/readyz",
+    summary="Ready: the database answers and has the schema this program needs",
+    responses={
+        200: ResponseSpec(Health, description="Ready", generate_examples=False),
+        503: ResponseSpec(ErrorBody, description="Not ready, and why", generate_examples=False),
+    },
+)
 async def readyz(context: Given) -> Response[bytes]:
     try:
         at = await asyncio.to_thread(_revision, context)

@@ -3,10 +3,22 @@
 from typing import cast
 from uuid import UUID
 
+from msgspec import UNSET, UnsetType
+
 from app.api.wire import Answer
 from app.api.wire_batches import WireStatus
 from app.batches import Batch, Brief, Status
 from app.ids import item_id
+
+
+class StreamEvent(Answer, kw_only=True, frozen=True):
+    """One event of a stream: ``data`` is JSON, ``{"action", "payload"}``, or a terminator.
+
+    ``id`` is the event's number in its batch; progress, errors and terminators have none.
+    """
+
+    data: str
+    id: str | UnsetType = UNSET
 
 
 class SlimItem(Answer, kw_only=True, frozen=True):
