@@ -13,6 +13,7 @@ import psycopg
 from litestar import Request, Response
 from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.handlers import HTTPRouteHandler
 from litestar.types import Message, Scope
 from psycopg_pool import PoolTimeout
 
@@ -32,6 +33,7 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 _SERVER_ERROR = 500
 _CONFLICT = 409
+_TOO_LARGE = 413
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -115,6 +117,10 @@ def _framework(request: AnyRequest, error: HTTPException) -> Response[bytes]:
         return _unexpected(request, error)
     code = str(error.status_code)
     message = error.detail
+    if error.status_code == _TOO_LARGE:
+        handler = cast("HTTPRouteHandler", request.route_handler)
+        code = "REQUEST_TOO_LARGE"
+        message = f"The body is larger than {handler.resolve_request_max_body_size():,} bytes."
     details: dict[str, object] = {}
     extra = cast("object", error.extra)
     if isinstance(error, ValidationException) and isinstance(extra, list):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 from typing import Any
 
 import httpx
@@ -313,6 +314,105 @@ async def test_streams_end_when_the_server_stops(lone_service: Service) -> None:
         lone_service.hub.close()
         with pytest.raises(AssertionError, match="without a terminator"):
             await stream.event()
+
+
+async def test_slim_payloads_are_small(service: Service) -> None:
+    """Ids, states and counts; also the first event, however many items there are."""
+    batch = await service.create(*(["a long prompt " * 100] * 50))
+    await service.work()
+    async with service.follow(batch, slim="true") as stream:
+        told = await stream.rest()
+    assert max(len(json.dumps(p)) for _, _, p in told) < 500
+    assert told[0][2]["totalItems"] == 50
+
+
+async def test_progress_is_told_without_a_number(service: Service) -> None:
+    batch = await service.create("a", "b", "c")
+    path = f"{service.batches}/{batch['batchId']}/events"
+    async with service.http.stream("GET", path) as answer:
+        stream = service.reader(answer)
+        await stream.event()
+        await service.claim(1)
+        blocks = [await stream.block() for _ in range(3)]
+    assert [b.split("\n")[0] for b in blocks[:2] if b] == ["id: 2", "id: 3"]
+    told = json.loads((blocks[2] or "").removeprefix("data: "))
+    assert told["action"] == "batch-progress"
+    assert (told["payload"]["running"], told["payload"]["pending"]) == (1, 2)
+
+
+async def test_the_first_event_carries_the_first_thousand_items(service: Service) -> None:
+    batch = await service.create(*(["x"] * 1001))
+    async with service.follow(batch) as stream:
+        told = await stream.event()
+    assert told is not None
+    assert len(told[2]["items"]) == 1000
+    assert told[2]["itemsNextCursor"] == "1000"
+
+
+async def test_a_client_that_leaves_a_sync_batch_does_not_stop_it(service: Service) -> None:
+    body = {"type": "SYNC", "items": [service.item("a")]}
+    async with service.http.stream("POST", service.batches, json=body) as answer:
+        created = await service.reader(answer).event()
+    assert created is not None
+    await service.work()
+    batch = await service.get(f"{service.batches}/{created[2]['batchId']}")
+    assert batch["status"] == "COMPLETED"
+    async with service.follow(batch, after="1") as stream:
+        assert (await stream.rest())[-1][1] == "batch-completed"
+
+
+class TestStanding:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(port=0, sse_recheck_s=0.1)
+
+    @pytest.mark.parametrize(
+        ("change", "code"),
+        [
+            (b"enabled = false", "401"),
+            (b"expires_at = now()", "401"),
+            (b"resources = array[gen_random_uuid()::text]", "API_KEY_RESOURCE_NOT_AUTHORIZED"),
+        ],
+    )
+    async def test_a_stream_ends_when_its_key_no_longer_opens_the_batch(
+        self, lone_service: Service, change: bytes, code: str
+    ) -> None:
+        batch = await lone_service.create()
+        async with lone_service.follow(batch) as stream:
+            await stream.event()
+            async with lone_service.db.connection() as conn:
+                await conn.execute(b"update api_keys set " + change)
+            blocks = [await stream.block() for _ in range(3)]
+        assert json.loads((blocks[0] or "").removeprefix("data: "))["error"]["code"] == code
+        assert blocks[1:] == ["data: [ERROR]", None]
+
+
+async def test_a_slow_reader_holds_up_nobody_and_reads_on_later(service: Service) -> None:
+    """It has a chunk of frames and the socket's buffers; what it has not read yet stays in the table."""
+    batch = await service.create(*(["a"] * 600))
+    path = f"{service.batches}/{batch['batchId']}/events"
+    at = httpx.URL(service.url)
+    reader, writer = await asyncio.open_connection(at.host, at.port, limit=64 * 1024)
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {service.key}\r\n\r\n".encode())
+        await until(lambda: service.hub.followers == 1)
+        body = json.dumps({"text": "x" * 100_000})
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        while items := await service.claim(20):
+            await service.settle(items, body=body)
+        async with service.follow(batch, slim="true") as stream:
+            assert (await stream.rest())[-1][1] == "batch-completed"
+        assert service.hub.followers == 1
+        # Kilobytes; the stream has sixty megabytes, and what wrote it is this process too.
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 1024
+        read = 0
+        text = b""
+        while b"data: [DONE]" not in text[-200:]:
+            text = text[-200:] + await reader.read(1 << 20)
+            read += len(text)
+        assert read > 60_000_000
+    finally:
+        writer.close()
 
 
 async def test_other_requests_go_on_beside_many_streams(service: Service) -> None:
