@@ -19,6 +19,7 @@ of the API and of both listening processes; and fails unless every listener got 
 import argparse
 import array
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -59,7 +60,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--listeners", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=20.0, help="items per second")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--replicas", type=int, default=1, help="API processes; one is killed")
     parser.add_argument("--quick", action="store_true", help="100 listeners for 16 seconds")
+    parser.add_argument("--database", help="one with the schema, instead of a new embedded server")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--listen", help=argparse.SUPPRESS)
     return parser
@@ -125,7 +128,7 @@ def _same(listener: Listener) -> Listener:
 
 
 async def _listen(
-    *, host: str, port: int, path: str, key: str, listeners: int, events: int, output: str
+    *, host: str, ports: list[int], path: str, key: str, listeners: int, events: int, output: str
 ) -> None:
     """Follow with so many sockets until all were told ``[DONE]``; leave the times in a file."""
     loop = asyncio.get_running_loop()
@@ -134,11 +137,12 @@ async def _listen(
     wrong = connections = seen = 0
     present = asyncio.Event()
 
-    async def follow(mine: "array.array[float]") -> None:
+    async def follow(number: int, mine: "array.array[float]") -> None:
         nonlocal wrong, connections, seen
         last = 0
-        while True:
+        for turn in itertools.count(number):
             told = Listener(head, last, mine)
+            port = ports[turn % len(ports)]  # another replica whenever one broke off
             try:
                 transport, _ = await loop.create_connection(partial(_same, told), host, port)
             except OSError:
@@ -159,8 +163,8 @@ async def _listen(
             await asyncio.sleep(random.uniform(0.05, 0.5))  # noqa: S311 - jitter
 
     async with asyncio.TaskGroup() as group:
-        for each in times:
-            group.create_task(follow(each))
+        for number, each in enumerate(times):
+            group.create_task(follow(number, each))
         await present.wait()
         print("present", flush=True)
     with Path(output).open("wb") as file:  # noqa: ASYNC230 - all is over
@@ -198,6 +202,9 @@ class _Run:
     connecting_s: float = 0.0
 
     async def run(self) -> dict[str, Any]:
+        if self.options.database:
+            async with Database(self.options.database, size=3) as db:
+                return await self.on(db)
         server = embedded.acquire(self.home)
         try:
             migrate.migrate(server.url)
@@ -213,24 +220,24 @@ class _Run:
         items = max(int(options.rate * options.seconds), 1)
         batch = await _submit(db, tenant, resource_id, items)
         events = 3 + 2 * items  # created, running, two of each item, completed
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        ports = [_free_port() for _ in range(options.replicas)]
         path = (
             f"/v1/completion-batch/{tenant.workspace_id}/{tenant.environment_id}/"
             f"{batch.batch_id}/events?slim=true"
         )
-        asks = {"host": "127.0.0.1", "port": port, "path": path, "key": key, "events": events}
-        async with self.api(db.url, port) as lives, self.listeners(asks) as listening:
-            before = [Use.of(process.pid) for process in (lives[-1], *listening)]
+        asks = {"host": "127.0.0.1", "ports": ports, "path": path, "key": key, "events": events}
+        async with self.api(db.url, ports) as lives, self.listeners(asks) as listening:
+            victim = lives[0]
+            before = [Use.of(process.pid) for process in (victim, *listening)]
             worker = _Worker(db, tenant, resource_id, self.committed)
             begun = time.monotonic()
             driving = asyncio.create_task(worker.drive(items, options.rate))
             await asyncio.sleep(options.seconds / 2)
-            middle = [Use.of(process.pid) for process in (lives[-1], *listening)]
+            middle = [Use.of(process.pid) for process in (victim, *listening)]
             killed = time.monotonic()
-            lives[-1].kill()
-            lives[-1].wait()
-            lives.append(self.serve(db.url, port))
+            victim.kill()
+            victim.wait()
+            lives.append(self.serve(db.url, ports[0]))
             await driving
             ended = time.monotonic()
             told = [json.loads(await asyncio.to_thread(_line, p)) for p in listening]
@@ -239,8 +246,10 @@ class _Run:
         return self.figures(times, told, [before, middle], after, begun, killed, ended)
 
     @asynccontextmanager
-    async def api(self, url: str, port: int) -> AsyncGenerator[list[subprocess.Popen[bytes]]]:
-        lives = [self.serve(url, port)]
+    async def api(
+        self, url: str, ports: Sequence[int]
+    ) -> AsyncGenerator[list[subprocess.Popen[bytes]]]:
+        lives = [self.serve(url, port) for port in ports]
         try:
             yield lives
         finally:
@@ -321,6 +330,7 @@ class _Run:
         span = killed - begun
         return {
             "listeners": len(times),
+            "API processes": self.options.replicas,
             "items per second": round((events - 3) / 2 / (ended - begun), 1),
             "events of the batch": events,
             "complete": missing == 0,
@@ -357,6 +367,11 @@ def _spread(
         f"commit to client {when}, {name}, ms": round(1000 * late[int(share * (len(late) - 1))], 1)
         for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
     }
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def _start_listening(asks: dict[str, Any]) -> subprocess.Popen[bytes]:
