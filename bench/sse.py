@@ -251,6 +251,9 @@ class _Run:
     ) -> AsyncGenerator[list[subprocess.Popen[bytes]]]:
         lives = [self.serve(url, port) for port in ports]
         try:
+            async with asyncio.timeout(START_S):
+                for port, life in zip(ports, lives, strict=True):
+                    await _listens(port, life)
             yield lives
         finally:
             for life in lives:
@@ -372,6 +375,18 @@ def _spread(
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
+
+
+async def _listens(port: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.1)
+        else:
+            writer.close()
+            return
+    raise RuntimeError("the API did not start; its log says why")
 
 
 def _start_listening(asks: dict[str, Any]) -> subprocess.Popen[bytes]:
