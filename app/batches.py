@@ -22,12 +22,13 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from app import capacity, queue, quotas, tokens
+from app import capacity, queue, quotas, tokens, webhooks
 from app.capacity import Amount
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError, Problem, ValidationError
 from app.ids import created_on, uuid7
 from app.tenants import Resource
+from app.webhooks import NewEndpoint
 
 BatchType = Literal["sync", "async", "callback"]
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
@@ -54,7 +55,8 @@ class NewBatch:
     """A batch to create, apart from its items.
 
     ``amounts``: limits of its own, which can only tighten those above it; ``capacity``: the same as
-    people wrote them. ``weight``: its share among batches of the same priority, 0.1 to 100.
+    people wrote them. ``callback``: where it tells of itself, and ``callback_options`` the same as it may
+    be shown. ``weight``: its share among batches of the same priority, 0.1 to 100.
     ``expires_at``: nothing is begun from then on. ``source_ip``: for limits per client address.
     """
 
@@ -67,6 +69,7 @@ class NewBatch:
     metadata: Mapping[str, object] = field(default_factory=dict[str, object])
     capacity: Sequence[Mapping[str, object]] = ()
     callback_options: Mapping[str, object] | None = None
+    callback: NewEndpoint | None = None
     amounts: Sequence[Amount] = ()
     priority: int = 0
     weight: float = 1
@@ -492,6 +495,8 @@ class Ingest:
             request_hash=batch.request_hash,
             created_by_api_key_id=batch.created_by_api_key_id,
         )
+        if batch.callback is not None:
+            await webhooks.add(conn, batch.callback)
         scope_ids = [batch.batch_id]
         if batch.created_by_api_key_id is not None:
             scope_ids.append(batch.created_by_api_key_id)

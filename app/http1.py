@@ -16,6 +16,8 @@ from typing import cast
 
 import httptools
 
+from app.addresses import Guard
+
 CONNECT_S = 10.0
 """The longest wait for TCP and TLS together; part of ``timeout_s``, not added to it."""
 
@@ -214,10 +216,14 @@ class Connection(asyncio.Protocol):
 
 
 class Connections:
-    """Open connections by origin; the most recently used one is taken first."""
+    """Open connections by origin; the most recently used one is taken first.
 
-    def __init__(self, *, most: int) -> None:
+    With a ``guard`` every address is asked about just before it is connected to; None trusts all.
+    """
+
+    def __init__(self, *, most: int, guard: Guard | None = None) -> None:
         self._most = most
+        self._guard = guard
         self._open: set[Connection] = set()
         self._idle: dict[Origin, deque[Connection]] = {}
         self._names: dict[tuple[str, int], tuple[float, asyncio.Task[list[str]]]] = {}
@@ -273,7 +279,7 @@ class Connections:
 
     async def _connect(self, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
-        addresses = await self._addresses(origin)
+        addresses = self._fit(await self._addresses(origin), origin)
         for place, address in enumerate(addresses):
             try:
                 _, connection = await loop.create_connection(
@@ -291,6 +297,16 @@ class Connections:
             else:
                 return connection
         raise OSError(0, "the name has no address")
+
+    def _fit(self, addresses: list[str], origin: Origin) -> list[str]:
+        """Those that may be connected to. Raises FaultError when the guard refuses all."""
+        if self._guard is None:
+            return addresses
+        refusals = [self._guard.refusal(a, is_secure=origin.secure) for a in addresses]
+        fit = [a for a, refusal in zip(addresses, refusals, strict=True) if refusal is None]
+        if not fit and addresses:
+            raise FaultError("address_not_allowed", f"The URL {refusals[0]}.")
+        return fit
 
     async def _addresses(self, origin: Origin) -> list[str]:
         """Resolve once for many connections: a thousand look-ups would queue for a few threads."""

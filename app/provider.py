@@ -15,6 +15,7 @@ n/a             the request cannot be built                 Rejected     bad_req
                                                                          bad_header
 n/a             the provider was closed before or meanwhile Unreachable  closed
 n/a             name not found                              Unreachable  dns          (not sent)
+n/a             leads to an address that is not allowed     Rejected     address_not_allowed
 n/a             no connection, or none within 10 s          Unreachable  connect      (not sent)
 n/a             TLS refused                                 Unreachable  tls          (not sent)
 n/a             no connection before ``send_by``            Unreachable  late         (not sent)
@@ -57,6 +58,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from app.addresses import Guard
 from app.http1 import (
     MOST_HEADER_CHARS,
     Connection,
@@ -194,14 +196,19 @@ class Provider:
 
     At most ``max_connections`` calls are in flight, further ones wait within their own deadline.
     Not more connections than that are open either. A cancelled call closes its connection at once.
+    ``guard`` decides whom it may connect to; None: anyone.
     """
 
     def __init__(
-        self, *, max_connections: int = 1000, max_response_bytes: int = 32 * 1024 * 1024
+        self,
+        *,
+        max_connections: int = 1000,
+        max_response_bytes: int = 32 * 1024 * 1024,
+        guard: Guard | None = None,
     ) -> None:
         self._max_response_bytes = max_response_bytes
         self._slots = asyncio.Semaphore(max_connections)
-        self._connections = Connections(most=max_connections)
+        self._connections = Connections(most=max_connections, guard=guard)
 
     async def __aenter__(self) -> Self:
         return self
@@ -256,7 +263,13 @@ def _ms_since(begun: float) -> int:
 
 # Building the request -----------------------------------------------------------------------------
 
-_FINAL_FAULTS = {"bad_request_body", "bad_url", "bad_header", "response_too_large"}
+_FINAL_FAULTS = {
+    "address_not_allowed",
+    "bad_header",
+    "bad_request_body",
+    "bad_url",
+    "response_too_large",
+}
 _VERSIONED = re.compile(r"/v\d+[a-z0-9]*(/openai)?$")
 _URL_CHARS = "/%:@!$&'()*+,;=~"
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")

@@ -7,10 +7,12 @@ The only place that reads the environment. The table in README.md is made from t
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
 
+from app.addresses import LOOPBACK, Guard, networks
 from app.errors import SettingsError
 
 PREFIX = "SLUICE_"
@@ -19,6 +21,24 @@ PREFIX = "SLUICE_"
 def default_home() -> Path:
     """Where the embedded database and the generated key live."""
     return Path("/var/lib/sluice") if os.geteuid() == 0 else Path.home() / ".sluice"
+
+
+def _networks(value: str) -> str:
+    return ",".join(map(str, networks(value)))
+
+
+def _schedule(value: str) -> str:
+    try:
+        waits = [float(part) for part in value.split(",")]
+    except ValueError:
+        waits = []
+    if not waits or not all(0 <= wait <= _MOST_WAIT_S for wait in waits):
+        raise ValueError("write seconds, comma separated, such as 5,300,1800; one per repetition")
+    return value
+
+
+Networks = Annotated[str, AfterValidator(_networks)]
+_MOST_WAIT_S = 30 * 86_400.0
 
 
 class Settings(BaseModel):
@@ -115,6 +135,55 @@ class Settings(BaseModel):
     stall_s: float = Field(
         default=60.0, ge=1, description="a client that takes nothing for so long is cut off"
     )
+
+    provider_allow_networks: Networks = Field(
+        default="",
+        description="networks beyond the public ones that a baseUrl may lead to, as CIDRs",
+    )
+    callback_allow_networks: Networks = Field(
+        default="",
+        description="the same for callbacks and webhooks, which may then also be plain http",
+    )
+    delivery_concurrency: int = Field(
+        default=10, ge=1, description="deliveries at once to one address, per process"
+    )
+    delivery_timeout_s: float = Field(default=15.0, gt=0, description="one delivery's answer")
+    delivery_schedule_s: Annotated[str, AfterValidator(_schedule)] = Field(
+        default="5,300,1800,7200,18000,36000,50400,72000,86400",
+        description="waits between the tries of a delivery, each with up to a tenth of jitter",
+    )
+    delivery_rest_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="longest rest of an address that keeps failing, between single tries",
+    )
+
+    @property
+    def provider_guard(self) -> Guard:
+        """Whom providers' addresses may lead to."""
+        return Guard(
+            allowed=networks(self.provider_allow_networks),
+            setting=f"{PREFIX}PROVIDER_ALLOW_NETWORKS",
+        )
+
+    @property
+    def callback_guard(self) -> Guard:
+        """Whom callbacks and webhooks may lead to."""
+        return Guard(
+            allowed=networks(self.callback_allow_networks),
+            setting=f"{PREFIX}CALLBACK_ALLOW_NETWORKS",
+            needs_tls=True,
+        )
+
+    @property
+    def delivery_waits(self) -> tuple[float, ...]:
+        """Seconds between the tries of a delivery; it is given up after the last."""
+        return tuple(float(part) for part in self.delivery_schedule_s.split(","))
+
+    def for_own_machine(self) -> "Settings":
+        """The same where a person runs all of it: providers on this machine may be called too."""
+        allowed = (*networks(self.provider_allow_networks), *LOOPBACK)
+        return self.model_copy(update={"provider_allow_networks": ",".join(map(str, allowed))})
 
     @property
     def direct_url(self) -> str | None:

@@ -117,7 +117,9 @@ class Worker:
         self._db = db
         self._keyring = keyring
         self._provider = Provider(
-            max_connections=settings.concurrency, max_response_bytes=settings.max_response_bytes
+            max_connections=settings.concurrency,
+            max_response_bytes=settings.max_response_bytes,
+            guard=settings.provider_guard,
         )
         self._ringer = Ringer(db)
         self._listener = Listener(listen_url, [WORK], self._heard, db=db)

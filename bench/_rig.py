@@ -69,6 +69,7 @@ class Rig:
         self._environment = {
             **inherited,
             "SLUICE_HOME": str(home),
+            "SLUICE_PROVIDER_ALLOW_NETWORKS": "127.0.0.0/8",
             "SLUICE_LOG_LEVEL": "warning",
             **variables,
         }

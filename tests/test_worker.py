@@ -24,6 +24,7 @@ FAST: dict[str, Any] = {
     "backoff_base_s": 0.05,
     "backoff_cap_s": 0.2,
     "drain_s": 5.0,
+    "provider_allow_networks": "127.0.0.0/8",
 }
 
 

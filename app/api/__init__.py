@@ -3,15 +3,16 @@
 application   the app and the server around it
 batches       /v1/completion-batch: create, read, list, steer, cancel, follow
 tenants       /v1/ai-connection, /v1/ai-resource, /v1/api-key, /v1/whoami
+deliveries    /v1/completion-batch/…/deliveries: what was told, and telling it again
+webhook_endpoints   /v1/webhook_endpoints, /v1/webhook_event_types
 health        /healthz, /healthcheck, /readyz
 ingest        a request body of any size becomes a batch; splitter takes its JSON apart
 streams       the hub behind server-sent events
 auth          who is calling, and what they may use
-wire          the JSON of requests and answers; wire_batches, wire_capacity, wire_tenants: of each noun
+wire          the JSON of requests and answers; wire_batches, wire_capacity, wire_tenants, wire_webhooks:
+              of each noun. They know nothing of Litestar: the sender makes its messages with them
 described     bodies that are read by hand, for OpenAPI
 errors        the JSON of refusals
+
+The package itself imports nothing, so that whoever needs the wire's words loads no web framework.
 """
-
-from app.api.application import create_app, serve
-
-__all__ = ["create_app", "serve"]

@@ -16,7 +16,7 @@ from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
 from msgspec import UNSET
 
-from app import batches, capacity, forecast, queue, tenants
+from app import batches, capacity, forecast, queue, tenants, webhooks
 from app.api import (
     described,
     ingest,
@@ -129,6 +129,15 @@ _CREATE_EXAMPLE: Final[dict[str, object]] = {
     ],
 }
 
+_CALLBACK_EXAMPLE: Final[dict[str, object]] = {
+    "type": "CALLBACK",
+    "callbackOptions": {
+        "url": "https://your-app.com/batch-callback",
+        "headers": {"X-API-Key": "your-secret-key"},
+        "events": ["item_update", "batch_update"],
+    },
+}
+
 
 def _steering() -> dict[str, Schema]:
     """What may be said at creation and changed later."""
@@ -177,17 +186,19 @@ class CreateOperation(Operation):
         self.request_body = described.body(
             described.fields(
                 ["type", "items"],
-                type=Schema(type=OpenAPIType.STRING, enum=["SYNC", "ASYNC"]),
+                type=Schema(type=OpenAPIType.STRING, enum=["SYNC", "ASYNC", "CALLBACK"]),
                 items=Schema(type=OpenAPIType.ARRAY, items=item, min_items=1),
                 name=described.text,
                 metadata=described.record,
                 maxAttempts=described.whole(1, 100),
                 idempotencyKey=described.text,
+                callbackOptions=described.callback_options(),
                 **_steering(),
             ),
             **{
                 "async": Example(summary="Poll for it", value=_CREATE_EXAMPLE),
                 "sync": Example(summary="Stream it", value=_CREATE_EXAMPLE | {"type": "SYNC"}),
+                "callback": Example(summary="Be told", value=_CREATE_EXAMPLE | _CALLBACK_EXAMPLE),
             },
         )
 
@@ -195,7 +206,8 @@ class CreateOperation(Operation):
 @post(
     "/{workspaceId:str}/{environmentId:str}",
     summary="Create a batch",
-    description="ASYNC answers 201 with the batch; SYNC answers 200 with its stream of events.",
+    description="ASYNC and CALLBACK answer 201 with the batch, CALLBACK with the secret that its "
+    "messages are signed with if none was given; SYNC answers 200 with its stream of events.",
     status_code=201,
     operation_class=CreateOperation,
     request_max_body_size=None,  # checked while it is spooled, with a sentence that helps
@@ -203,7 +215,7 @@ class CreateOperation(Operation):
         200: Answer(
             wire_streams.StreamEvent, description="SYNC: events", media_type="text/event-stream"
         ),
-        201: Answer(wire_batches.BatchBody, description="ASYNC: the batch"),
+        201: Answer(wire_batches.BatchBody, description="ASYNC, CALLBACK: the batch"),
         400: Answer(ErrorBody, description="Something is wrong with the request"),
         409: Answer(ErrorBody, description="The idempotency key was used otherwise"),
         413: Answer(ErrorBody, description="The request is too large"),
@@ -229,10 +241,28 @@ async def create(
         if created.type == "sync":
             return _stream(context, request, batch, after=0, view=view, headers=headers)
         page, cursor = await streams.first_items(conn, batch)
-    body = await asyncio.to_thread(
-        wire.encode, wire_batches.batch_body(batch, items=page, items_next_cursor=cursor)
+        secret = await _minted_secret(context, conn, batch)
+    told = wire_batches.batch_body(
+        batch, items=page, items_next_cursor=cursor, minted_secret=secret
     )
+    body = await asyncio.to_thread(wire.encode, told)
     return Response(body, media_type="application/json", headers=headers, status_code=201)
+
+
+async def _minted_secret(context: Context, conn: Connection, batch: Batch) -> str | None:
+    """The secret that was made for a callback; a repeated creation is told it again."""
+    if batch.type != "callback":
+        return None
+    endpoint = await webhooks.endpoint(
+        conn,
+        workspace_id=batch.workspace_id,
+        environment_id=batch.environment_id,
+        endpoint_id=batch.batch_id,
+    )
+    if endpoint is None:
+        return None
+    known = webhooks.open_(context.keyring, endpoint)
+    return known.secret if known.is_minted else None
 
 
 @post(

@@ -42,6 +42,23 @@ def capacity() -> Schema:
     return Schema(type=OpenAPIType.ARRAY, items=entry)
 
 
+def callback_options() -> Schema:
+    """Where a CALLBACK batch tells of itself."""
+    topics = ["item_update", "batch_update", "item_running", "all"]
+    return fields(
+        ["url"],
+        url=Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.URL),
+        headers=record,
+        events=Schema(
+            type=OpenAPIType.ARRAY, items=Schema(type=OpenAPIType.STRING, enum=topics), min_items=1
+        ),
+        secret=Schema(
+            type=OpenAPIType.STRING,
+            description="whsec_ and the base64 of 24 to 64 bytes; absent: one is made and shown once",
+        ),
+    )
+
+
 def body(schema: Schema, **examples: Example) -> RequestBody:
     """A body of JSON."""
     return RequestBody(

@@ -25,7 +25,7 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, quotas, tenants
+from app import batches, capacity, forecast, quotas, tenants, webhooks
 from app.api import auth
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
@@ -33,6 +33,7 @@ from app.api.splitter import STEP, MalformedError, Splitter, TooLongError
 from app.api.wire import problems_of
 from app.api.wire_batches import BatchHead, problems_of_deadline
 from app.api.wire_capacity import amounts, capacity_entries
+from app.api.wire_webhooks import CallbackOptions, callback_options
 from app.batches import Appraisal, Appraiser, BatchType, Ingest, NewBatch, NewItem
 from app.capacity import Amount
 from app.db import Connection
@@ -120,8 +121,11 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
         found = await _examine(context, body.file)
         head = found.head
         idempotency_key = _idempotency_key(request, head)
+        options = _callback_options(context, head)
         by_reference = await _resolve(context, key, found.asked)
         batch = _new_batch(context, request, key, head, cast("BatchType", head.type.lower()))
+        if options is not None:
+            batch = _with_callback(context, batch, options)
         batch = replace(batch, idempotency_key=idempotency_key, request_hash=body.sha256)
         async with context.db.connection() as conn:
             await batches.prepare_day(conn, batch)
@@ -167,6 +171,7 @@ async def estimate_batch(context: Context, request: AnyRequest, key: ApiKey) -> 
     async with _spooled(context, request) as body:
         found = await _examine(context, body.file)
         head = found.head
+        _callback_options(context, head)
         by_reference = await _resolve(context, key, found.asked)
         batch = _new_batch(context, request, key, head, "async")
         async with context.db.connection() as conn:
@@ -228,6 +233,28 @@ def _new_batch(
         max_attempts=head.max_attempts or context.settings.max_attempts,
         created_by_api_key_id=key.api_key_id,
     )
+
+
+def _callback_options(context: Context, head: BatchHead) -> CallbackOptions | None:
+    """Those of a CALLBACK batch; other types ignore them. Raises ValidationError."""
+    if head.type != "CALLBACK":
+        return None
+    return callback_options(head.callback_options, context.settings.callback_guard)
+
+
+def _with_callback(context: Context, batch: NewBatch, options: CallbackOptions) -> NewBatch:
+    endpoint = webhooks.callback(
+        context.keyring,
+        workspace_id=batch.workspace_id,
+        environment_id=batch.environment_id,
+        batch_id=batch.batch_id,
+        batch_day=batch.batch_day,
+        url=options.url,
+        topics=options.events,
+        headers=options.headers or {},
+        secret=options.secret,
+    )
+    return replace(batch, callback=endpoint, callback_options=options.shown())
 
 
 async def _deadline(conn: Connection, head: BatchHead) -> datetime | None:
@@ -323,18 +350,7 @@ async def _examine(context: Context, file: BinaryIO) -> _Examined:
     walk = _Walk(file, context.settings.max_item_bytes, context.settings.max_items)
     while await asyncio.to_thread(walk.step):
         pass
-    found = walk.result()
-    if found.head.type == "CALLBACK":
-        raise ValidationError(
-            [
-                Problem(
-                    path="type",
-                    message="batches of type CALLBACK arrive in a later version; "
-                    "use SYNC to stream or ASYNC to poll",
-                )
-            ]
-        )
-    return found
+    return walk.result()
 
 
 class _Walk:

@@ -19,6 +19,7 @@ from litestar.openapi.spec import Example, Operation
 from litestar.params import Body, PathParameter
 
 from app import capacity, forecast, tenants
+from app.addresses import Guard
 from app.api import described, wire, wire_capacity, wire_tenants
 from app.api.auth import (
     Caller,
@@ -108,7 +109,7 @@ async def create_connection(
                 environment_id=caller.environment_id,
                 name=data.name,
                 provider=data.provider,
-                base_url=_base_url_of(data),
+                base_url=_base_url_of(data, context.settings.provider_guard),
                 secret=data.api_key or (data.config.api_key if data.config else None) or None,
                 timeout_ms=data.timeout_ms or context.settings.default_timeout_ms,
                 description=data.description,
@@ -229,9 +230,11 @@ def _ring(context: Context, resources: Sequence[UUID], **changed: UUID) -> None:
     context.ringer.ring(WORK, resources)
 
 
-def _base_url_of(data: wire_tenants.ConnectionCreate) -> str:
+def _base_url_of(data: wire_tenants.ConnectionCreate, guard: Guard) -> str:
     given = data.base_url or (data.config.base_url if data.config else None)
     if given is not None:
+        if (problem := guard.problem(given)) is not None:
+            raise ValidationError([Problem(path="baseUrl", message=problem)])
         return given
     preset = tenants.PROVIDERS.get(data.provider)
     if preset is not None:

@@ -205,8 +205,15 @@ def batch_body(
     items_next_cursor: str | None = None,
     created_by: ApiKeyBody | UnsetType | None = UNSET,
     outlook: Outlook | None = None,
+    minted_secret: str | None = None,
 ) -> BatchBody:
-    """A batch on the wire; what is not given is absent there."""
+    """A batch on the wire; what is not given is absent there.
+
+    ``minted_secret``: of its callback, to be shown in the answer to its creation.
+    """
+    callback_options = _masked_callback(batch.callback_options)
+    if callback_options is not None and minted_secret is not None:
+        callback_options["secret"] = minted_secret
     error = None
     if batch.status == "failed":
         error = f"{batch.failed} of {batch.total_items} items failed"
@@ -231,7 +238,7 @@ def batch_body(
         expired_at=instant_or_none(batch.expired_at),
         waiting_for=UNSET if outlook is None else waiting_body(outlook.waiting),
         eta=UNSET if outlook is None else eta_body(outlook.eta),
-        callback_options=_masked_callback(batch.callback_options),
+        callback_options=callback_options,
         capacity=cast("list[Json]", batch.capacity) or None,
         total_items=batch.total_items,
         pending=batch.pending,
@@ -266,10 +273,12 @@ def _masked_callback(options: Mapping[str, Any] | None) -> Json | None:
     """Callback options without their secrets: header values are often credentials."""
     if options is None:
         return None
-    shown: Json = {k: v for k, v in options.items() if k != "secret"}
+    shown: Json = dict(options)
     headers = options.get("headers")
     if isinstance(headers, Mapping):
         shown["headers"] = dict.fromkeys(cast("Mapping[str, object]", headers), MASK)
+    if "secret" in options:
+        shown["secret"] = MASK
     return shown
 
 

@@ -42,7 +42,7 @@ _SYSTEM: Final = "You answer support tickets."
 )
 def demo(limit: int | None, output: Path) -> None:
     """Answer some three hundred support tickets with a simulated provider. Costs nothing."""
-    known = settings.load({"concurrency": _CONCURRENCY})
+    known = settings.load({"concurrency": _CONCURRENCY}).for_own_machine()
     log_for_person(known)
     tickets = folder("docs") / "examples" / "tickets.csv"
     if not tickets.is_file():

@@ -127,7 +127,9 @@ def run(  # noqa: PLR0917 - click passes by name
     resource: str | None,
 ) -> None:
     """Answer every row of FILE with a language model, at the rate limit, and write the answers."""
-    known = settings.load({"concurrency": concurrency, "max_attempts": max_attempts})
+    known = settings.load(
+        {"concurrency": concurrency, "max_attempts": max_attempts}
+    ).for_own_machine()
     log_for_person(known)
     given = open_input(
         file, prompt=prompt, system=system, format=format_, params=dict(params), endpoint=endpoint

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import click
 
 from app import settings
-from app.api import serve as serve_api
+from app.api.application import serve as serve_api
 from app.cli.processes import log_for_service, on_signals, run_async
 from app.cli.store import Access, Store, bootstrap, open_store
 from app.maintenance import Maintenance
+from app.sender import Sender
 from app.settings import Settings
 from app.supervision import Supervisor
 from app.worker import Worker
@@ -37,7 +38,7 @@ def up(host: str | None, port: int | None, as_json: bool) -> None:  # noqa: FBT0
     Prints the address, and the first key with its workspace and environment. Ctrl-C stops it:
     calls in flight are finished first, a second Ctrl-C abandons them. Nothing is lost either way.
     """
-    known = settings.load({"host": host, "port": port})
+    known = settings.load({"host": host, "port": port}).for_own_machine()
     log_for_service(known)
     with open_store(known, migrating=True) as store:
         run_async(_up(store, _json if as_json else _greeting))
@@ -82,6 +83,8 @@ async def _up(store: Store, greet: _Greet) -> None:
             keeping = Supervisor("up")
             duty = Maintenance(store.settings, db, holder_id=worker.worker_id)
             keeping.start("maintenance", duty.run)
+            sender = Sender(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
+            sender.start()
             try:
                 await asyncio.wait({serving, working}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -89,6 +92,7 @@ async def _up(store: Store, greet: _Greet) -> None:
                 stop.set()
                 worker.stop.set()
                 await asyncio.wait({serving, working})
+                await sender.close()
                 await keeping.stop()
         for task in (serving, working):
             task.result()

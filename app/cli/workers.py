@@ -19,6 +19,7 @@ from app.cli.processes import log_for_service, on_signals, run_async
 from app.cli.store import Store, open_store
 from app.log import Log
 from app.maintenance import Maintenance
+from app.sender import Sender
 from app.supervision import Supervisor
 from app.worker import Worker
 
@@ -46,6 +47,7 @@ _MOST_PAUSE_S = 30.0
 def worker(processes: int, concurrency: int | None, lifeline: int | None) -> None:
     """Claim items, call the providers, record what comes back.
 
+    It also sends the callbacks and webhooks that are due.
     SIGTERM and Ctrl-C finish the calls in flight (SLUICE_DRAIN_S) and end; a second one abandons
     them. Any number of workers on any machines share the same database.
     """
@@ -64,6 +66,8 @@ async def _work(store: Store, lifeline: int | None) -> None:
         keeping = Supervisor("worker")
         duty = Maintenance(store.settings, db, holder_id=working.worker_id)
         keeping.start("maintenance", duty.run)
+        sender = Sender(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
+        sender.start()
         loop = asyncio.get_running_loop()
 
         def parent_is_gone() -> None:
@@ -78,6 +82,7 @@ async def _work(store: Store, lifeline: int | None) -> None:
             try:
                 await working.run()
             finally:
+                await sender.close()
                 await keeping.stop()
 
 

@@ -29,7 +29,9 @@ declare
     child text;
     made boolean := false;
 begin
-    foreach parent in array array['items', 'item_requests', 'item_results', 'attempts', 'events'] loop
+    foreach parent in array array[
+        'items', 'item_requests', 'item_results', 'attempts', 'events', 'deliveries', 'delivery_attempts'
+    ] loop
         child := parent || '_' || to_char(day, 'YYYYMMDD');
         if to_regclass(child) is null then
             -- One maker at a time, and only when there is something to make.

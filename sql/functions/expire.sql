@@ -107,9 +107,6 @@ begin
         (select max(c.seq) + 1 from unnest(v_changed) c where c.attempt = 0)
     ))
     where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.resource_id = p_resource_id;
-    update batches b
-    set expired_at = v_now
-    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id and b.expired_at is null;
     return cardinality(v_changed);
 end
 $$;

@@ -524,6 +524,12 @@ begin
     where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids)
     order by b.batch_id
     for no key update;
+    -- Before the end of any is told: what is told depends on it.
+    update batches b
+    set expired_at = p_now
+    where b.workspace_id = p_workspace_id
+        and b.batch_id in (select c.batch_id from unnest(p_changed) c where c.reason = 'expired')
+        and b.expired_at is null;
     perform events_append(p_workspace_id, array(
         select row(h.batch_day, h.batch_id, h.kind, h.seqs)::happening
         from (

@@ -23,7 +23,9 @@ where a.pid <> pg_backend_pid() and a.datname = current_database();
 -- name: partitions_missing
 -- Partitions of today and tomorrow that do not exist.
 select p.parent || '_' || to_char(d.day, 'YYYYMMDD') as name
-from unnest(array['items', 'item_requests', 'item_results', 'attempts', 'events']) as p (parent)
+from unnest(array[
+    'items', 'item_requests', 'item_results', 'attempts', 'events', 'deliveries', 'delivery_attempts'
+]) as p (parent)
 cross join generate_series(
     (clock_timestamp() at time zone 'UTC')::date::timestamp,
     (clock_timestamp() at time zone 'UTC')::date + interval '1 day',

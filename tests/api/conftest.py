@@ -17,7 +17,7 @@ import httpx
 import pytest
 from litestar import Litestar
 
-from app import api, queue, tenants
+from app import queue, tenants
 from app.api import application
 from app.api.context import Context
 from app.api.streams import Hub
@@ -260,7 +260,7 @@ class Reader:
 @pytest.fixture
 def settings() -> Settings:
     """Overridden by tests that need others."""
-    return Settings(port=0)
+    return Settings(port=0, provider_allow_networks="127.0.0.0/8")
 
 
 @asynccontextmanager
@@ -279,7 +279,7 @@ async def served(
     application.create_app = remembered
     try:
         serving = asyncio.create_task(
-            api.serve(
+            application.serve(
                 settings, db, keyring=keyring, listen_url=db.url, stop=stop, ready=url.set_result
             )
         )
@@ -362,7 +362,7 @@ def shared_api_database(cluster: str, template: str) -> Iterator[str]:
 async def shared_server(shared_api_database: str) -> AsyncIterator[Server]:
     async with (
         Database(shared_api_database, size=6) as db,
-        server_on(db, Settings(port=0)) as server,
+        server_on(db, Settings(port=0, provider_allow_networks="127.0.0.0/8")) as server,
     ):
         yield server
 

@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from app import api, migrate
+from app import migrate
+from app.api import application
 from app.db import Database
 from app.errors import SluiceError
 from app.secrets import Keyring
@@ -110,7 +111,7 @@ async def serving(settings: Settings, db: Database) -> AsyncGenerator[tuple[str,
     stop = asyncio.Event()
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
-        api.serve(
+        application.serve(
             settings,
             db,
             keyring=Keyring(Keyring.generate()),

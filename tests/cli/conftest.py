@@ -172,6 +172,7 @@ def cli_on(database: str, folder: Path) -> Generator[Cli]:
             "SLUICE_DATABASE_URL": database,
             "SLUICE_SECRET_KEY": Keyring.generate(),
             "SLUICE_BACKOFF_BASE_S": "0.05",
+            "SLUICE_PROVIDER_ALLOW_NETWORKS": "127.0.0.0/8",
         },
     )
     try:
