@@ -44,7 +44,7 @@ _MOST: Final = 500
 _FAILING: Final = 3
 _FIRST_REST_S: Final = 0.5
 #: A lease is the time limit of a try plus this.
-_GRACE_S: Final = 15.0
+_GRACE_S: Final = 5.0
 _CLOSE_S: Final = 5.0
 #: After so long others that share an address get their turn.
 _TURN_S: Final = 2.0
@@ -322,16 +322,16 @@ class Sender:
         receipt = await self._courier.post(post.message)
         address.note(receipt, self._settings.delivery_rest_s)
         tried = self._outcome(delivery, receipt, started_at)
-        note = log.warning if tried.status == "dead" else log.debug
-        note(
-            "delivery.tried",
-            batch=delivery.batch_id,
-            number=delivery.event_no,
-            attempt=delivery.attempt,
-            status=tried.status,
-            code=receipt.error_code or receipt.status_code,
-            latency_ms=receipt.latency_ms,
-        )
+        facts = {
+            "batch": delivery.batch_id,
+            "number": delivery.event_no,
+            "attempt": delivery.attempt,
+            "code": receipt.error_code or receipt.status_code,
+        }
+        if tried.status == "dead":
+            log.warning("delivery.given_up", **facts)
+        else:
+            log.debug("delivery.tried", status=tried.status, **facts)
         return tried
 
     def _outcome(self, delivery: Claimed, receipt: Receipt, started_at: datetime) -> Tried:

@@ -159,11 +159,6 @@ class _EndpointId:
     endpoint_id: UUID
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rest:
-    next_at: datetime
-
-
 _endpoint_insert = Query("webhooks", "endpoint_insert", NoRow)
 _endpoint_get = Query("webhooks", "endpoint_get", Endpoint)
 _endpoints_page = Query("webhooks", "endpoints_page", Endpoint)
@@ -174,7 +169,7 @@ _endpoint_reseal = Query("webhooks", "endpoint_reseal", NoRow)
 _endpoint_disable = Query("webhooks", "endpoint_disable", NoRow)
 _endpoint_enable = Query("webhooks", "endpoint_enable", NoRow)
 _endpoint_delete = Query("webhooks", "endpoint_delete", NoRow)
-_endpoint_rest = Query("webhooks", "endpoint_rest", _Rest)
+_endpoint_rest = Query("webhooks", "endpoint_rest", NoRow)
 _endpoints_due = Query("webhooks", "endpoints_due", Due)
 _endpoints_postpone = Query("webhooks", "endpoints_postpone", NoRow)
 _endpoints_sweep = Query("webhooks", "endpoints_sweep", NoRow)
@@ -439,7 +434,7 @@ def _keys(claimed: Sequence[Claimed]) -> dict[str, list[object]]:
 
 async def rest(conn: Connection, *, held: Endpoint) -> None:
     """Note from when on an endpoint that is held has something to claim: after every change of it."""
-    await _endpoint_rest.one(conn, workspace_id=held.workspace_id, endpoint_id=held.endpoint_id)
+    await _endpoint_rest.run(conn, workspace_id=held.workspace_id, endpoint_id=held.endpoint_id)
 
 
 async def deliveries(

@@ -10,7 +10,7 @@ from typing import Annotated
 from litestar import Response, Router, delete, get, post
 from litestar.di import Provide
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import PathParameter, QueryParameter
+from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from app import batches, webhooks
 from app.addresses import Guard
@@ -48,7 +48,7 @@ _MANAGE = "manage webhook endpoints"
     },
 )
 async def create(
-    context: Given, caller: Caller, data: wire_webhooks.EndpointCreate
+    context: Given, caller: Caller, data: JSONBody[wire_webhooks.EndpointCreate]
 ) -> Response[bytes]:
     require_everything(caller, _MANAGE)
     _check_url(context.settings.callback_guard, data.url)
@@ -130,7 +130,7 @@ async def read(context: Given, caller: Caller, endpoint_id: EndpointId) -> Respo
     },
 )
 async def change(
-    context: Given, caller: Caller, endpoint_id: EndpointId, data: wire_webhooks.EndpointPatch
+    context: Given, caller: Caller, endpoint_id: EndpointId, data: JSONBody[wire_webhooks.EndpointPatch]
 ) -> Response[bytes]:
     require_everything(caller, _MANAGE)
     given = data.model_fields_set
@@ -202,7 +202,7 @@ async def rotate_secret(
     },
 )
 async def test(
-    context: Given, caller: Caller, endpoint_id: EndpointId, data: wire_webhooks.EndpointTest
+    context: Given, caller: Caller, endpoint_id: EndpointId, data: JSONBody[wire_webhooks.EndpointTest]
 ) -> Response[bytes]:
     require_everything(caller, _MANAGE)
     async with context.db.connection() as conn:

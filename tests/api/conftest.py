@@ -296,8 +296,10 @@ async def served(
 
 
 @asynccontextmanager
-async def server_on(db: Database, settings: Settings) -> AsyncGenerator[Server]:
-    keyring = Keyring(Keyring.generate())
+async def server_on(
+    db: Database, settings: Settings, *, key: str | None = None
+) -> AsyncGenerator[Server]:
+    keyring = Keyring(key or Keyring.generate())
     apps: list[Litestar] = []
     async with served(settings, db, keyring, apps) as (url, stop):
         yield Server(url=url, db=db, settings=settings, keyring=keyring, app=apps[0], stop=stop)

@@ -605,7 +605,7 @@ async def test_an_estimate_refuses_what_a_creation_refuses(service: Service) -> 
     told = await estimate(service, 400, expiresAt="2001-01-01T00:00:00Z")
     assert told["details"]["errors"][0]["path"] == "expiresAt"
     told = await estimate(service, 400, type="CALLBACK")
-    assert told["details"]["errors"][0]["path"] == "type"
+    assert told["details"]["errors"][0]["path"] == "callbackOptions"
 
 
 class TestSmall:
