@@ -167,7 +167,9 @@ def _unexpected(request: AnyRequest, error: Exception) -> Response[bytes]:
     )
 
 
-HANDLERS: dict[type[Exception], Callable[[AnyRequest, Any], Response[bytes]]] = {
+Handler = Callable[[AnyRequest, Any], Response[bytes]]
+
+HANDLERS: dict[type[Exception], Handler] = {
     RequestError: _refused,
     HTTPException: _framework,
     DatabaseUnavailableError: _unavailable,

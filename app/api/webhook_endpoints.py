@@ -5,8 +5,9 @@ of its environment, whichever API made it.
 """
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Final, cast
 
+import msgspec
 from litestar import Response, Router, delete, get, post
 from litestar.di import Provide
 from litestar.openapi.datastructures import ResponseSpec
@@ -18,7 +19,7 @@ from app.api import auth, wire, wire_webhooks
 from app.api.auth import Caller, authenticate, require_everything
 from app.api.batches import number
 from app.api.context import Given
-from app.api.errors import AnyRequest, ErrorBody
+from app.api.errors import HANDLERS, AnyRequest, ErrorBody, Handler
 from app.courier import Courier, Message
 from app.db import Connection
 from app.errors import NotFoundError, Problem, RequestError, ValidationError
@@ -130,7 +131,10 @@ async def read(context: Given, caller: Caller, endpoint_id: EndpointId) -> Respo
     },
 )
 async def change(
-    context: Given, caller: Caller, endpoint_id: EndpointId, data: JSONBody[wire_webhooks.EndpointPatch]
+    context: Given,
+    caller: Caller,
+    endpoint_id: EndpointId,
+    data: JSONBody[wire_webhooks.EndpointPatch],
 ) -> Response[bytes]:
     require_everything(caller, _MANAGE)
     given = data.model_fields_set
@@ -202,7 +206,10 @@ async def rotate_secret(
     },
 )
 async def test(
-    context: Given, caller: Caller, endpoint_id: EndpointId, data: JSONBody[wire_webhooks.EndpointTest]
+    context: Given,
+    caller: Caller,
+    endpoint_id: EndpointId,
+    data: JSONBody[wire_webhooks.EndpointTest],
 ) -> Response[bytes]:
     require_everything(caller, _MANAGE)
     async with context.db.connection() as conn:
@@ -284,6 +291,38 @@ def _answer(body: object) -> Response[bytes]:
     return Response(wire.encode(body), media_type="application/json")
 
 
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_INTERNAL: Final = 500
+
+
+def _in_openai_shape(handler: Handler) -> Handler:
+    """The same refusal as OpenAI's SDK reads it."""
+
+    def refused(request: AnyRequest, error: Exception) -> Response[bytes]:
+        plain = handler(request, error)
+        told = msgspec.json.decode(plain.content, type=ErrorBody)
+        status = plain.status_code or _INTERNAL
+        kind = "server_error" if status >= _INTERNAL else "invalid_request_error"
+        problems = told.details.get("errors")
+        first = cast("list[dict[str, str]]", problems)[0] if problems else {}
+        body = {
+            "error": {
+                "message": told.errorMessage,
+                "type": _TYPES.get(status, kind),
+                "param": first.get("path"),
+                "code": told.errorCode.lower(),
+            }
+        }
+        return Response(
+            wire.encode(body),
+            status_code=status,
+            media_type="application/json",
+            headers={name: str(value) for name, value in plain.headers.items()},
+        )
+
+    return refused
+
+
 router = Router(
     "/v1",
     route_handlers=[
@@ -298,5 +337,6 @@ router = Router(
     ],
     guards=[authenticate],
     dependencies={"caller": Provide(auth.caller)},
+    exception_handlers={kind: _in_openai_shape(handler) for kind, handler in HANDLERS.items()},
     tags=["Webhooks"],
 )
