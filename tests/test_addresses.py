@@ -266,17 +266,14 @@ async def test_a_name_that_resolves_differently_the_second_time_gains_nothing(
         asked.append(host)
         return answers.pop(0)
 
-    async def connect(_: object, host: str, *args: object, **more: object) -> None:
-        del args
+    async def connect(_: object, __: object, host: str, ___: int, **more: object) -> None:
         connected.append(f"{host} for {more['server_hostname']}")
         raise OSError(0, "no network in tests")
 
     monkeypatch.setattr(http1, "_resolve", resolve)
     monkeypatch.setattr(http1, "NAME_S", -1.0)
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(
-        type(loop), "create_connection", lambda self, *a, **m: connect(self, a[1], **m)
-    )
+    monkeypatch.setattr(type(loop), "create_connection", connect)
     courier = Courier(guard=CLOSED, timeout_s=5, most=10)
     message = Message(
         url="https://rebind.example/",
