@@ -19,7 +19,7 @@ as $$
 $$;
 comment on function item_id(uuid, int) is 'The id of an item, as the API shows it.';
 
--- Partitions of one day for all tables of a batch's rows. Attaching a ready-made table takes only a
+-- Partitions of one day for all tables of a batch's rows, which are all that are partitioned. Attaching a ready-made table takes only a
 -- SHARE UPDATE EXCLUSIVE lock on the parent; CREATE TABLE … PARTITION OF would stop all traffic.
 create or replace function partitions_ensure(day date) returns boolean
 language plpgsql
@@ -29,9 +29,13 @@ declare
     child text;
     made boolean := false;
 begin
-    foreach parent in array array[
-        'items', 'item_requests', 'item_results', 'attempts', 'events', 'deliveries', 'delivery_attempts'
-    ] loop
+    for parent in
+        select c.relname
+        from pg_partitioned_table p
+        join pg_class c on c.oid = p.partrelid
+        where c.relnamespace = 'public'::regnamespace
+        order by c.relname
+    loop
         child := parent || '_' || to_char(day, 'YYYYMMDD');
         if to_regclass(child) is null then
             -- One maker at a time, and only when there is something to make.
