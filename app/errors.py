@@ -13,7 +13,8 @@ SluiceError                     a sentence for a person: what is wrong, where, a
     ├── ForbiddenError          403
     ├── NotFoundError           404
     ├── ConflictError           409, permanent: never worth an automatic retry
-    └── TooLargeError           413
+    ├── TooLargeError           413
+    └── IssuerUnavailableError  503: the issuer of users' tokens does not answer
 
 A message never carries a prompt, a provider's body or a secret: messages are logged.
 """
@@ -114,6 +115,12 @@ class ConflictError(RequestError):
     """The thing is in a state that does not allow this; repeating will not help."""
 
     status = 409
+
+
+class IssuerUnavailableError(RequestError):
+    """The issuer of users' tokens does not answer, so nobody can say whether a token is good."""
+
+    status = 503
 
 
 class TooLargeError(RequestError):

@@ -15,13 +15,15 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.plugins.pydantic import PydanticPlugin
 
 from app import __version__
-from app.api import batches, errors, health, tenants
+from app.api import batches, errors, health, keys, tenants, workspaces
+from app.api.auth import PUBLIC, require_declared
 from app.api.context import Context
 from app.api.streams import Hub
 from app.db import Database
 from app.doorbell import EVENTS, Listener, Ringer
 from app.errors import SluiceError
 from app.log import Log
+from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
@@ -42,6 +44,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         listen_url=listen_url,
         ringer=Ringer(db),
         hub=hub,
+        issuer=_issuer(settings),
     )
 
     def given() -> Context:
@@ -64,12 +67,17 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
             await asyncio.gather(*context.chores, return_exceptions=True)
             await supervisor.stop()
             await context.ringer.flush()
+            if context.issuer is not None:
+                await context.issuer.close()
 
     base = settings.base_path.strip("/")
     prefix = f"/{base}" if base else ""
-    return Litestar(
+    app = Litestar(
         route_handlers=[
-            Router(prefix or "/", route_handlers=[batches.router, tenants.router]),
+            Router(
+                prefix or "/",
+                route_handlers=[batches.router, tenants.router, keys.router, workspaces.router],
+            ),
             health.router,
         ],
         lifespan=[running],
@@ -81,6 +89,20 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         logging_config=None,
         debug=False,
     )
+    require_declared(app)
+    return app
+
+
+def _issuer(settings: Settings) -> Issuer | None:
+    if settings.oidc_issuer is None or settings.oidc_audience is None:
+        return None
+    return Issuer(
+        settings.oidc_issuer,
+        audience=settings.oidc_audience,
+        leeway_s=settings.oidc_leeway_s,
+        timeout_s=settings.oidc_timeout_s,
+        keys_s=settings.oidc_keys_s,
+    )
 
 
 def _documentation(prefix: str) -> OpenAPIConfig:
@@ -88,7 +110,7 @@ def _documentation(prefix: str) -> OpenAPIConfig:
         title="Sluice",
         version=__version__,
         description="Batches of language model requests, within the providers' limits.",
-        path=f"{prefix}/docs",
+        openapi_router=Router(f"{prefix}/docs", route_handlers=[], opt={"action": PUBLIC}),
         render_plugins=[ScalarRenderPlugin()],
         components=Components(
             security_schemes={

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from litestar import Litestar
 
-from app import api, queue, tenants
+from app import api, api_keys, queue, tenants
 from app.api import application
 from app.api.context import Context
 from app.api.streams import Hub
@@ -328,7 +328,7 @@ async def service_on(server: Server) -> AsyncGenerator[Service]:
             name="small",
             model="gpt-test",
         )
-        key_id, key = await tenants.create_api_key(
+        key_id, key = await api_keys.create(
             conn, workspace_id=workspace_id, environment_id=environment_id, name="all"
         )
     headers = {"authorization": f"Bearer {key}"}
