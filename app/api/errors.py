@@ -18,6 +18,7 @@ from psycopg_pool import PoolTimeout
 
 from app.errors import (
     DatabaseUnavailableError,
+    IssuerUnavailableError,
     RequestError,
     TooLargeError,
     UnauthenticatedError,
@@ -101,6 +102,8 @@ def _refused(_: AnyRequest, error: RequestError) -> Response[bytes]:
     headers: dict[str, str] = {}
     if isinstance(error, UnauthenticatedError):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, IssuerUnavailableError):
+        headers["retry-after"] = "2"
     if isinstance(error, TooLargeError | StorageFullError):
         headers["connection"] = "close"  # or the rest of the body would still be received
     return refusal(error.status, error.code, str(error), details=error.details, headers=headers)

@@ -125,7 +125,10 @@ async def test_a_field_is_changed_and_nothing_else(
     before = await service.get(address(service, kind))
     body: Json = {field: value}
     told = await change(service, kind, **body)
-    assert {k for k in told if told[k] != before[k]} - {"lastUsedAt"} == {field, "updatedAt"}
+    assert {k for k in told if told[k] != before[k]} - {"lastUsedAt", "updatedBy"} == {
+        field,
+        "updatedAt",
+    }
     assert told[field] == value
     again = await service.http.put(address(service, kind), json={field: None})
     assert again.status_code == 200, again.text
