@@ -120,19 +120,22 @@ class Victim:
             return await self.try_all(headers, ids)
 
     async def try_all(
-        self, headers: dict[str, str], ids: dict[str, object] | None = None
+        self,
+        headers: dict[str, str],
+        ids: dict[str, object] | None = None,
+        some: list[Door] | None = None,
     ) -> dict[Door, httpx.Response]:
-        """The same within ``unchanged``."""
+        """The same within ``unchanged``; or some of the doors."""
         found: dict[Door, httpx.Response] = {}
         async with httpx.AsyncClient(
             base_url=self.service.url, headers=headers, trust_env=False, timeout=20
         ) as http:
-            for method, path in self.doors:
+            for method, path in some or self.doors:
                 body = None if method == "GET" else BODY
                 answer = await http.request(method, filled(path, ids or self.ids), json=body)
                 assert answer.status_code < 500, (method, path, answer.text)
                 found[method, path] = answer
-        assert set(found) == set(doors(self.service.app)), "a route was not walked"
+        assert some or set(found) == set(_doors(self.service.app)), "a route was not walked"
         return found
 
     @asynccontextmanager
@@ -283,6 +286,7 @@ async def test_nobody_gets_in_without_a_good_key_or_token(victim: Victim) -> Non
         "token for others": issuer.token("owner", aud=f"not {AUDIENCE}"),
         "token without signature": issuer.token("owner", key=None, alg="none"),
     }
+    everywhere = {"nothing", "unknown", "disabled", "expired", "deleted", "forged token"}
     tried = {name: {"authorization": f"Bearer {value}"} for name, value in bearer.items()}
     tried |= {
         "nothing": {},
@@ -294,7 +298,9 @@ async def test_nobody_gets_in_without_a_good_key_or_token(victim: Victim) -> Non
     }
     async with victim.unchanged():
         for name, headers in tried.items():
-            for door, answer in (await victim.try_all(headers)).items():
+            # The guard refuses before it looks at the route, so one door stands for all others.
+            some = None if name in everywhere else [("GET", "/v1/whoami"), *victim.doors[:2]]
+            for door, answer in (await victim.try_all(headers, some=some)).items():
                 assert answer.status_code == 401, (name, door, answer.text)
                 assert answer.json()["errorCode"] == "401"
                 assert answer.headers["www-authenticate"] == "Bearer"
