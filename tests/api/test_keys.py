@@ -52,13 +52,10 @@ async def test_a_rotated_key_has_a_new_value_and_the_old_one_for_a_while(service
     assert await whoami(service, key["apiKeyValue"]) == 401
     assert await whoami(service, new["apiKeyValue"]) == 401
     assert await whoami(service, newest["apiKeyValue"]) == 200
-    for body in (
-        {"overlapSeconds": -1},
-        {"overlapSeconds": 2_592_001},
-        {"overlapSeconds": "1"},
-        [],
-    ):
-        assert (await service.http.post(at, json=body)).status_code == 400, body
+    for seconds in (-1, 2_592_001, "1", None):
+        answer = await service.http.post(at, json={"overlapSeconds": seconds})
+        assert answer.status_code == 400, seconds
+    assert (await service.http.post(at, content=b"[]")).status_code == 400
     assert (await service.http.post(at, json={})).status_code == 200
 
 

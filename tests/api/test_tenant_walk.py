@@ -313,7 +313,7 @@ async def test_nobody_gets_in_without_a_good_key_or_token(victim: Victim) -> Non
 async def test_a_foreign_key_opens_nothing(victim: Victim) -> None:
     other = await victim.stranger()
     headers = {"x-api-key": await victim.key(environment=other)}
-    unknown = dict.fromkeys(victim.ids, uuid7())
+    unknown: dict[str, object] = dict.fromkeys(victim.ids, uuid7())
     refused = await victim.walk(headers)
     same = await victim.walk(headers, unknown)
     for (method, path), answer in refused.items():
@@ -336,7 +336,7 @@ async def test_a_user_who_is_no_member_opens_nothing(victim: Victim) -> None:
     sub = f"owner of {other.workspace_id}"
     await victim.admit(sub, "owner", other.workspace_id)
     headers = {"authorization": f"Bearer {victim.issuer.token(sub)}"}
-    unknown = dict.fromkeys(victim.ids, uuid7())
+    unknown: dict[str, object] = dict.fromkeys(victim.ids, uuid7())
     refused = await victim.walk(headers)
     same = await victim.walk(headers, unknown)
     for (method, path), answer in refused.items():
