@@ -76,6 +76,7 @@ class NewBatch:
     idempotency_key: str | None = None
     request_hash: bytes | None = None
     created_by_api_key_id: UUID | None = None
+    created_by_user_id: UUID | None = None
 
     @property
     def batch_day(self) -> date:
@@ -107,6 +108,7 @@ class Batch:
     idempotency_key: str | None
     request_hash: bytes | None
     created_by_api_key_id: UUID | None
+    created_by_user_id: UUID | None
     created_at: datetime
     started_at: datetime | None
     cancelled_at: datetime | None
@@ -491,6 +493,7 @@ class Ingest:
             idempotency_key=batch.idempotency_key,
             request_hash=batch.request_hash,
             created_by_api_key_id=batch.created_by_api_key_id,
+            created_by_user_id=batch.created_by_user_id,
         )
         scope_ids = [batch.batch_id]
         if batch.created_by_api_key_id is not None:

@@ -42,6 +42,9 @@ comment on type wait_reason is
     'What a resource''s next item waits for: room in a limit, an even pace below it, a call to end, the end '
     'of a rest that the provider asked for, or its own next try.';
 
+create type member_role as enum ('owner', 'member', 'read-only');
+comment on type member_role is 'What a user may do in a workspace: everything, everything but to admit others, or look.';
+
 create type event_kind as enum (
     'batch-created', 'batch-running', 'batch-completed', 'batch-failed', 'batch-cancelled',
     'item-running', 'item-completed', 'item-failed', 'item-retrying', 'item-cancelled'
@@ -107,11 +110,46 @@ comment on type settled_item is
 
 -- Tenants ----------------------------------------------------------------------------------------
 
+create table users (
+    user_id uuid not null,
+    issuer text not null,
+    subject text not null,
+    name text,
+    first_name text,
+    last_name text,
+    username text,
+    email text,
+    email_verified boolean not null default false,
+    picture_url text,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    last_seen_at timestamptz not null default now(),
+    constraint users_pkey primary key (user_id),
+    constraint users_subject_unique unique (issuer, subject)
+);
+comment on table users is
+    'A person, as the issuer of identities describes them; made when they are first seen. Belongs to no tenant.';
+comment on column users.user_id is 'UUIDv7, minted by the application.';
+comment on column users.issuer is 'Who vouches for them: iss of their tokens.';
+comment on column users.subject is 'Their id there: sub of their tokens. Names and addresses may change, this does not.';
+comment on column users.name is 'For people, as the newest token says; so are the following.';
+comment on column users.first_name is 'For people.';
+comment on column users.last_name is 'For people.';
+comment on column users.username is 'For people.';
+comment on column users.email is 'For people; never used to decide who they are.';
+comment on column users.email_verified is 'Whether the issuer says that it verified the address.';
+comment on column users.picture_url is 'For people.';
+comment on column users.created_at is 'When they were first seen.';
+comment on column users.updated_at is 'When what the issuer says of them last changed.';
+comment on column users.last_seen_at is 'When they last came, to the minute.';
+
 create table workspaces (
     workspace_id uuid not null,
     name text not null,
     description text,
     created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    deleted_at timestamptz,
     quota_items bigint,
     quota_batches bigint,
     quota_bytes bigint,
@@ -129,6 +167,24 @@ comment on column workspaces.quota_batches is
     'Most batches that have not ended; 0: any number, null: what SLUICE_QUOTA_BATCHES says.';
 comment on column workspaces.quota_bytes is
     'Most bytes of their requests; 0: any number, null: what SLUICE_QUOTA_BYTES says.';
+comment on column workspaces.updated_at is 'When a person last changed it.';
+comment on column workspaces.deleted_at is 'Nobody enters it from then on; its history stays.';
+
+create table workspace_members (
+    workspace_id uuid not null references workspaces,
+    user_id uuid not null references users,
+    role member_role not null,
+    added_at timestamptz not null default now(),
+    added_by uuid,
+    constraint workspace_members_pkey primary key (workspace_id, user_id)
+);
+create index workspace_members_by_user on workspace_members (user_id);
+comment on table workspace_members is 'Which users may enter a workspace, and what they may do there.';
+comment on column workspace_members.workspace_id is 'The tenant.';
+comment on column workspace_members.user_id is 'The user.';
+comment on column workspace_members.role is 'What they may do.';
+comment on column workspace_members.added_at is 'When they were admitted.';
+comment on column workspace_members.added_by is 'The user who admitted them; null: the operator.';
 
 create table environments (
     workspace_id uuid not null references workspaces,
@@ -136,15 +192,19 @@ create table environments (
     name text not null,
     description text,
     created_at timestamptz not null default now(),
-    constraint environments_pkey primary key (workspace_id, environment_id),
-    constraint environments_name_unique unique (workspace_id, name)
+    updated_at timestamptz not null default now(),
+    deleted_at timestamptz,
+    constraint environments_pkey primary key (workspace_id, environment_id)
 );
+create unique index environments_name_unique on environments (workspace_id, name) where deleted_at is null;
 comment on table environments is 'A stage of a workspace, such as test or production.';
 comment on column environments.workspace_id is 'The tenant.';
 comment on column environments.environment_id is 'UUIDv7, minted by the application.';
-comment on column environments.name is 'For people; unique in its workspace.';
+comment on column environments.name is 'For people; unique in its workspace while it lasts.';
 comment on column environments.description is 'For people.';
 comment on column environments.created_at is 'When the row was made.';
+comment on column environments.updated_at is 'When a person last changed it.';
+comment on column environments.deleted_at is 'Nobody enters it from then on; its history stays.';
 
 create table api_keys (
     workspace_id uuid not null,
@@ -161,14 +221,24 @@ create table api_keys (
     capacity jsonb not null default '[]',
     expires_at timestamptz,
     last_used_at timestamptz,
+    permissions text[] not null default '{*}',
+    previous_hash bytea,
+    previous_until timestamptz,
+    rotated_at timestamptz,
+    deleted_at timestamptz,
+    created_by uuid,
+    updated_by uuid,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
     constraint api_keys_pkey primary key (workspace_id, api_key_id),
     constraint api_keys_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
-    constraint api_keys_hash_is_sha256 check (length(hash) = 32)
+    constraint api_keys_hash_is_sha256 check (length(hash) = 32),
+    constraint api_keys_previous_has_an_end check ((previous_hash is null) = (previous_until is null)),
+    constraint api_keys_deleted_opens_nothing check (deleted_at is null or not enabled)
 );
 create index api_keys_by_hash on api_keys (hash);
+create index api_keys_by_previous_hash on api_keys (previous_hash) where previous_hash is not null;
 comment on table api_keys is 'How a program enters. The key itself is shown once and never stored.';
 comment on column api_keys.workspace_id is 'The tenant.';
 comment on column api_keys.api_key_id is 'UUIDv7, minted by the application.';
@@ -184,6 +254,14 @@ comment on column api_keys.enforce_capacity is 'Whether the key''s own capacity 
 comment on column api_keys.capacity is 'Limits as the wire gave them.';
 comment on column api_keys.expires_at is 'Refused from then on; null never.';
 comment on column api_keys.last_used_at is 'When it last opened a door, to the minute.';
+comment on column api_keys.permissions is
+    'Actions that the key may perform, as patterns in which * stands for any text: completion-batch:get, *:list.';
+comment on column api_keys.previous_hash is 'The hash before its rotation, which opens until previous_until.';
+comment on column api_keys.previous_until is 'End of the overlap of its rotation.';
+comment on column api_keys.rotated_at is 'When it was last given a new value.';
+comment on column api_keys.deleted_at is 'It is shown no more from then on; batches still name their creator.';
+comment on column api_keys.created_by is 'The user or the key that made it; null: the operator.';
+comment on column api_keys.updated_by is 'The user or the key that last changed it; null: nobody did.';
 comment on column api_keys.created_at is 'When the row was made.';
 comment on column api_keys.updated_at is 'When a person last changed it.';
 
@@ -475,6 +553,7 @@ create table batches (
     expires_at timestamptz,
     expired_at timestamptz,
     source_ip text,
+    created_by_user_id uuid,
     constraint batches_pkey primary key (workspace_id, batch_id),
     constraint batches_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
@@ -507,7 +586,8 @@ comment on column batches.total_items is 'How many items it was created with.';
 comment on column batches.estimated_input_tokens is 'Sum of the items'' estimates at creation.';
 comment on column batches.idempotency_key is 'A second creation with the same key returns this batch.';
 comment on column batches.request_hash is 'SHA-256 of the creating request, to tell a true repeat.';
-comment on column batches.created_by_api_key_id is 'The key that created it; null: the command line.';
+comment on column batches.created_by_api_key_id is 'The key that created it; null: a user, or the command line.';
+comment on column batches.created_by_user_id is 'The user who created it; null: a key, or the command line.';
 comment on column batches.created_at is 'When it was accepted.';
 comment on column batches.started_at is 'When its first item was claimed.';
 comment on column batches.cancelled_at is 'When it was cancelled.';

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import batches, capacity, events, queue, tenants
+from app import api_keys, batches, capacity, events, queue, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount, LimitUse
 from app.db import Connection, Database
@@ -194,7 +194,7 @@ class Scene:
     async def api_key(self, *amounts: Amount) -> UUID:
         """A key with limits; ``submit`` takes its id."""
         async with self.db.transaction() as conn:
-            api_key_id, _ = await tenants.create_api_key(
+            api_key_id, _ = await api_keys.create(
                 conn,
                 workspace_id=self.workspace_id,
                 environment_id=self.environment_id,

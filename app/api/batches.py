@@ -14,18 +14,18 @@ from litestar.openapi.spec import Example, Operation, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
-from msgspec import UNSET
 
-from app import batches, capacity, forecast, queue, tenants
+from app import api_keys, batches, capacity, forecast, queue, workspaces
+from app.access import Principal
 from app.api import (
     described,
     ingest,
     streams,
     wire,
+    wire_access,
     wire_batches,
     wire_capacity,
     wire_streams,
-    wire_tenants,
 )
 from app.api.auth import Caller, authenticate, batch_for, credential, tenant_caller
 from app.api.auth import caller as caller_of
@@ -38,7 +38,6 @@ from app.doorbell import EVENTS, WORK
 from app.errors import ConflictError, NotFoundError, Problem, ValidationError
 from app.ids import item_seq
 from app.log import Log
-from app.tenants import ApiKey
 
 log = Log("api")
 
@@ -194,6 +193,7 @@ class CreateOperation(Operation):
 
 @post(
     "/{workspaceId:str}/{environmentId:str}",
+    action="completion-batch:create",
     summary="Create a batch",
     description="ASYNC answers 201 with the batch; SYNC answers 200 with its stream of events.",
     status_code=201,
@@ -237,6 +237,7 @@ async def create(
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/estimate",
+    action="completion-batch:create",
     summary="Estimate a batch",
     description="The same body as to create it; nothing of it is stored, no provider is called.",
     status_code=200,
@@ -258,6 +259,7 @@ async def estimate(*, request: AnyRequest, context: Given, caller: Caller) -> Re
 
 @get(
     "/{workspaceId:str}/{environmentId:str}",
+    action="completion-batch:list",
     summary="List batches",
     description="Newest first, without their items.",
     responses={200: Answer(wire_batches.BatchesPage, description="A page of batches")},
@@ -298,6 +300,7 @@ async def list_batches(
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
+    action="completion-batch:get",
     summary="Read a batch",
     description="With at most the first 1,000 items (fewer when they are large) and a cursor, "
     "what it waits for, and when it will be done.",
@@ -327,29 +330,46 @@ async def read(
             page, after = await streams.first_items(
                 conn, batch, from_seq=from_seq, status=status, most=most
             )
-        creator: wire_tenants.ApiKeyBody | None = None
-        if with_users and batch.created_by_api_key_id is not None:
-            key = await tenants.api_key_entity(
-                conn,
-                workspace_id=caller.workspace_id,
-                environment_id=caller.environment_id,
-                api_key_id=batch.created_by_api_key_id,
-            )
-            creator = wire_tenants.api_key_body(key) if key else None
+        creators = await _creators(conn, batch) if with_users else None
         outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
     body = wire_batches.batch_body(
         batch,
         items=page,
         items_next_cursor=after,
-        created_by=creator if with_users else UNSET,
+        creators=creators,
         outlook=outlook,
     )
     encoded = await asyncio.to_thread(wire.encode, body) if page else wire.encode(body)
     return Response(encoded, media_type="application/json")
 
 
+async def _creators(conn: Connection, batch: Batch) -> wire_batches.Creators:
+    """Who made a batch, also a key that was deleted and a user who is no member any more."""
+    key: wire_access.ApiKeyBody | None = None
+    if batch.created_by_api_key_id is not None:
+        found = await api_keys.get(
+            conn,
+            workspace_id=batch.workspace_id,
+            environment_id=batch.environment_id,
+            api_key_id=batch.created_by_api_key_id,
+            with_deleted=True,
+        )
+        key = wire_access.api_key_body(found) if found else None
+    user: wire_access.UserBody | None = None
+    if batch.created_by_user_id is not None:
+        person = await workspaces.creator(
+            conn,
+            workspace_id=batch.workspace_id,
+            batch_id=batch.batch_id,
+            user_id=batch.created_by_user_id,
+        )
+        user = wire_access.user_body(person) if person else None
+    return wire_batches.Creators(api_key=key, user=user)
+
+
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/items",
+    action="completion-batch:get",
     summary="List a batch's items",
     description="In the order of submission. A page of large items may hold fewer than its limit.",
     responses={200: Answer(wire_batches.ItemsPage, description="A page of items")},
@@ -379,6 +399,7 @@ async def list_items(
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/{itemId:str}",
+    action="completion-batch:get",
     summary="Read an item",
     responses={200: Answer(wire_batches.ItemBody, description="The item")},
 )
@@ -400,6 +421,7 @@ async def read_item(
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/cancel",
+    action="completion-batch:cancel",
     summary="Cancel a batch",
     description="Nothing of it is sent any more; calls in flight are let finish and kept.",
     status_code=200,
@@ -430,6 +452,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 
 @patch(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
+    action="completion-batch:update",
     summary="Steer a batch",
     description="What is absent stays as it is; null removes limits or the deadline. Effective at "
     "the next claim; calls in flight are let finish.",
@@ -472,7 +495,7 @@ async def change(
 async def _steer(
     conn: Connection,
     *,
-    key: ApiKey,
+    key: Principal,
     batch_id: UUID,
     held: Steering,
     to: Steering,
@@ -497,7 +520,7 @@ async def _steer(
 
 
 async def _changed(
-    context: Context, key: ApiKey, batch_id: UUID, resources: Sequence[UUID]
+    context: Context, key: Principal, batch_id: UUID, resources: Sequence[UUID]
 ) -> Response[bytes]:
     """Ring for what a committed change gives workers to do; the batch as it is now."""
     log.info("batch.changed", batch=batch_id)
@@ -512,6 +535,7 @@ async def _changed(
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/pause",
+    action="completion-batch:update",
     summary="Pause a batch",
     description="Nothing of it is begun until it is resumed; calls in flight are let finish.",
     status_code=200,
@@ -531,6 +555,7 @@ async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[b
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/resume",
+    action="completion-batch:update",
     summary="Resume a batch",
     description="The opposite of pause; harmless for a batch that is not paused.",
     status_code=200,
@@ -550,6 +575,7 @@ async def resume(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/capacity-usage",
+    action="completion-batch:get",
     summary="Where the limits of a batch stand",
     description="Those of its connections, models, resources, API key, of itself, and of its values "
     "of dimensions.",
@@ -578,6 +604,7 @@ async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> R
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/events",
+    action="completion-batch:get",
     summary="Follow a batch",
     description="Server-sent events from the beginning, or after Last-Event-ID or ?after=.",
     responses={
@@ -635,7 +662,7 @@ def _stream(
     )
 
 
-async def _visible(conn: Connection, key: ApiKey, rows: Sequence[Batch]) -> list[Batch]:
+async def _visible(conn: Connection, key: Principal, rows: Sequence[Batch]) -> list[Batch]:
     """Those batches whose resources are all within the key's allowlist."""
     if "*" in key.resources or not rows:
         return list(rows)

@@ -25,7 +25,8 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, quotas, tenants
+from app import batches, capacity, forecast, quotas, tenants, workspaces
+from app.access import Principal
 from app.api import auth
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
@@ -45,7 +46,7 @@ from app.errors import (
 )
 from app.forecast import Plan
 from app.log import Log
-from app.tenants import ApiKey, Resource
+from app.tenants import Resource
 
 log = Log("api")
 
@@ -114,7 +115,7 @@ class _Examined:
     asked: dict[UUID | str, int]
 
 
-async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Created:
+async def create_batch(context: Context, request: AnyRequest, key: Principal) -> Created:
     """Create the batch that a request's body describes. Raises RequestError; then nothing is kept."""
     async with _spooled(context, request) as body:
         found = await _examine(context, body.file)
@@ -155,6 +156,9 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                 await ingest.add(items)
                 if len(ingest.problems) >= ValidationError.MOST:
                     break
+            await workspaces.hold_environment(
+                conn, workspace_id=key.workspace_id, environment_id=key.environment_id
+            )
             await ingest.finish()
     log.info("batch.created", batch=batch.batch_id, items=ingest.count)
     context.ringer.ring(WORK, ingest.resource_ids)
@@ -162,7 +166,7 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
     return Created(batch_id=batch.batch_id, type=batch.type, replayed=False)
 
 
-async def estimate_batch(context: Context, request: AnyRequest, key: ApiKey) -> Estimated:
+async def estimate_batch(context: Context, request: AnyRequest, key: Principal) -> Estimated:
     """What ``create_batch`` would make of the same body, without making it."""
     async with _spooled(context, request) as body:
         found = await _examine(context, body.file)
@@ -211,7 +215,7 @@ def _quota(context: Context) -> quotas.Amounts:
 
 
 def _new_batch(
-    context: Context, request: AnyRequest, key: ApiKey, head: BatchHead, kind: BatchType
+    context: Context, request: AnyRequest, key: Principal, head: BatchHead, kind: BatchType
 ) -> NewBatch:
     return NewBatch(
         workspace_id=key.workspace_id,
@@ -227,6 +231,7 @@ def _new_batch(
         source_ip=request.client.host if request.client is not None else None,
         max_attempts=head.max_attempts or context.settings.max_attempts,
         created_by_api_key_id=key.api_key_id,
+        created_by_user_id=key.user_id,
     )
 
 
@@ -239,8 +244,10 @@ async def _deadline(conn: Connection, head: BatchHead) -> datetime | None:
     return deadline
 
 
-async def _key_amounts(conn: Connection, key: ApiKey) -> list[Amount]:
-    """The caller's own limits; a key that does not enforce them has none."""
+async def _key_amounts(conn: Connection, key: Principal) -> list[Amount]:
+    """The caller's own limits; a user, and a key that does not enforce them, have none."""
+    if key.api_key_id is None:
+        return []
     found = await capacity.limits(conn, workspace_id=key.workspace_id, scope_ids=[key.api_key_id])
     return [limit.amount for limit in found]
 
@@ -525,7 +532,7 @@ def _wrong(item: _Item) -> Iterator[tuple[str, str]]:
 
 
 async def _resolve(
-    context: Context, key: ApiKey, asked: dict[UUID | str, int]
+    context: Context, key: Principal, asked: dict[UUID | str, int]
 ) -> dict[UUID | str, Resource]:
     """The resources behind ids and names. Raises NotFoundError or ForbiddenError naming all."""
     found: dict[UUID | str, Resource] = {}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal, cast
 from uuid import UUID
@@ -23,6 +24,7 @@ from app.api.wire import (
     instant,
     instant_or_none,
 )
+from app.api.wire_access import ApiKeyBody, UserBody
 from app.api.wire_capacity import (
     Capacity,
     EtaBody,
@@ -32,7 +34,6 @@ from app.api.wire_capacity import (
     limit_ref,
     waiting_body,
 )
-from app.api.wire_tenants import ApiKeyBody
 from app.batches import Appraisal, Batch, Item, Status
 from app.errors import Problem
 from app.forecast import Outlook, Plan
@@ -123,10 +124,18 @@ class BatchBody(Answer, kw_only=True, frozen=True):
     completed_at: str | None
     created_by_user_id: UUID | None
     created_by_api_key_id: UUID | None
-    created_by_user: Json | UnsetType | None = UNSET
+    created_by_user: UserBody | UnsetType | None = UNSET
     created_by_api_key: ApiKeyBody | UnsetType | None = UNSET
     items: list[ItemBody] | UnsetType = UNSET
     items_next_cursor: str | UnsetType | None = UNSET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Creators:
+    """Who made a batch: one of them, or neither."""
+
+    api_key: ApiKeyBody | None
+    user: UserBody | None
 
 
 class ItemsPage(Answer, kw_only=True, frozen=True):
@@ -203,7 +212,7 @@ def batch_body(
     *,
     items: Sequence[ItemBody] | None = None,
     items_next_cursor: str | None = None,
-    created_by: ApiKeyBody | UnsetType | None = UNSET,
+    creators: Creators | None = None,
     outlook: Outlook | None = None,
 ) -> BatchBody:
     """A batch on the wire; what is not given is absent there."""
@@ -249,10 +258,10 @@ def batch_body(
         updated_at=instant(max(at for at in seen if at is not None)),
         started_at=instant_or_none(batch.started_at),
         completed_at=instant_or_none(batch.completed_at),
-        created_by_user_id=None,
+        created_by_user_id=batch.created_by_user_id,
         created_by_api_key_id=batch.created_by_api_key_id,
-        created_by_user=UNSET if created_by is UNSET else None,
-        created_by_api_key=created_by,
+        created_by_user=UNSET if creators is None else creators.user,
+        created_by_api_key=UNSET if creators is None else creators.api_key,
         items=UNSET if items is None else list(items),
         items_next_cursor=UNSET if items is None else items_next_cursor,
     )

@@ -146,6 +146,24 @@ class Batch(msgspec.Struct, rename="camel"):
         )
 
 
+class Key(msgspec.Struct, rename="camel"):
+    """An API key; its value only when it was made or rotated."""
+
+    api_key_id: UUID
+    name: str
+    masked_key: str
+    enabled: bool
+    permissions: list[str]
+    expires_at: str | None
+    last_used_at: str | None
+    api_key_value: str | None = None
+
+    @property
+    def state(self) -> str:
+        """For people: whether it was disabled; its end, if it has one, is the server's to watch."""
+        return "enabled" if self.enabled else "disabled"
+
+
 class Reply(msgspec.Struct, rename="camel"):
     """What the provider said, to the letter."""
 
@@ -332,6 +350,35 @@ class Server:
                     return batch
             time.sleep(_LOOK_S)  # a poll of the server, no wait for something of ours
 
+    def keys(self) -> list[Key]:
+        """Every API key of the environment, newest first."""
+        found: list[Key] = []
+        while True:
+            params = {"cursor": str(found[-1].api_key_id)} if found else {}
+            page = self._ask("GET", f"/v1/api-key/{self._tenant()}", list[Key], params=params)
+            found += page
+            if len(page) < _PAGE:
+                return found
+
+    def create_key(self, body: Mapping[str, object]) -> Key:
+        """Make an API key."""
+        return self._post(f"/v1/api-key/{self._tenant()}", body, Key)
+
+    def rotate_key(self, key_id: UUID, *, overlap_s: int) -> Key:
+        """Give an API key a new value."""
+        path = f"/v1/api-key/{self._tenant()}/{key_id}/rotate"
+        return self._post(path, {"overlapSeconds": overlap_s}, Key)
+
+    def change_key(self, key_id: UUID, change: Mapping[str, object]) -> Key:
+        """Change an API key."""
+        path = f"/v1/api-key/{self._tenant()}/{key_id}"
+        headers = {"content-type": "application/json"}
+        return self._ask("PATCH", path, Key, content=msgspec.json.encode(change), headers=headers)
+
+    def delete_key(self, key_id: UUID) -> None:
+        """Delete an API key."""
+        self._ask("DELETE", f"/v1/api-key/{self._tenant()}/{key_id}", type(None))
+
     # How it is asked ------------------------------------------------------------------------------
 
     def _tenant(self) -> str:
@@ -369,7 +416,7 @@ class Server:
         if not reply.is_success:
             raise self._refused(reply)
         try:
-            return msgspec.json.decode(reply.content, type=into)
+            return msgspec.json.decode(reply.content or b"null", type=into)
         except msgspec.DecodeError:
             raise SluiceError(f"What answers at {self.url} is not Sluice.") from None
 

@@ -5,12 +5,13 @@
 insert into batches (
     workspace_id, batch_id, environment_id, batch_day, type, endpoint, name, metadata, capacity,
     callback_options, priority, weight, expires_at, source_ip, total_items, estimated_input_tokens,
-    idempotency_key, request_hash, created_by_api_key_id, created_at
+    idempotency_key, request_hash, created_by_api_key_id, created_by_user_id, created_at
 )
 values (
     %(workspace_id)s, %(batch_id)s, %(environment_id)s, %(batch_day)s, %(type)s, %(endpoint)s, %(name)s,
     %(metadata)s, %(capacity)s, %(callback_options)s, %(priority)s, %(weight)s, %(expires_at)s, %(source_ip)s,
-    %(total_items)s, %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s, clock()
+    %(total_items)s, %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s,
+    %(created_by_user_id)s, clock()
 );
 
 -- name: flows_insert
@@ -46,7 +47,7 @@ select event_append(
 select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
     b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
     b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
-    b.request_hash, b.created_by_api_key_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    b.request_hash, b.created_by_api_key_id, b.created_by_user_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
     f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
 from batches b
 cross join lateral (
@@ -67,7 +68,7 @@ where b.workspace_id = %(workspace_id)s
 select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
     b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
     b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
-    b.request_hash, b.created_by_api_key_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    b.request_hash, b.created_by_api_key_id, b.created_by_user_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
     f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
 from batches b
 cross join lateral (

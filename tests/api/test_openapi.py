@@ -18,7 +18,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from app import migrate, tenants
+from app import api_keys, migrate
 from tests.api.conftest import Json, Service
 
 #: Requests per route and kind; all of it stays well below a minute.
@@ -129,7 +129,7 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
         )  # what readyz looks for
         await conn.execute("insert into alembic_version values (%s)", (migrate.head(),))
         # Another key than the one that calls, which some route may well disable.
-        other, _ = await tenants.create_api_key(
+        other, _ = await api_keys.create(
             conn,
             workspace_id=lone_service.environment.workspace_id,
             environment_id=lone_service.environment.environment_id,

@@ -204,6 +204,56 @@ def test_a_batch_is_steered_and_says_what_it_waits_for(cli: Cli, up: Up) -> None
     assert "has already ended: CANCELLED" in ended.stderr
 
 
+def test_keys_are_made_rotated_disabled_and_deleted(cli: Cli, up: Up) -> None:
+    command = ["keys", "create", "reader", "--permission", "*:get", "--permission", "*:list"]
+    made = cli.run(*command, "--expires", "2999-01-01T00:00:00Z", *up.at)
+    assert made.exit_code == 0, made.output
+    value = made.stdout.strip()
+    key_id = re.search(r"API key (\S+)", made.stderr)
+    assert key_id is not None
+    assert whoami({"url": up.told["url"], "key": value})["permissions"] == ["*:get", "*:list"]
+    refused = cli.run("keys", "delete", key_id[1], "--server", up.told["url"], "--key", value)
+    assert refused.exit_code == 1
+    assert "You are not authorized to perform 'api-key:delete'" in refused.stderr
+    rotated = cli.run("keys", "rotate", key_id[1], "--overlap", "60", *up.at)
+    assert rotated.stdout.strip() not in ("", value)
+    for each in (value, rotated.stdout.strip()):
+        assert whoami({"url": up.told["url"], "key": each})["apiKeyId"] == key_id[1]
+    assert "disabled" in cli.run("keys", "disable", key_id[1], *up.at).stdout
+    listed = cli.run("keys", "list", *up.at).stdout
+    assert re.search(rf"{key_id[1]} .* disabled .* \*:get,\*:list +reader", listed)
+    assert value not in listed
+    assert cli.run("keys", "delete", key_id[1], *up.at).exit_code == 0
+    assert key_id[1] not in cli.run("keys", "list", *up.at).stdout
+    gone = cli.run("keys", "delete", key_id[1], *up.at)
+    assert (gone.exit_code, "not found" in gone.stderr) == (1, True)
+
+
+def test_the_operator_makes_tenants_with_keys_and_owners(cli: Cli, up: Up) -> None:
+    """In the database of the service, which serves them at once."""
+    env = up.cli.env | {
+        "SLUICE_OIDC_ISSUER": "https://id.example",
+        "SLUICE_OIDC_AUDIENCE": "sluice",
+    }
+    made = cli.run("workspaces", "create", "acme", "--owner", "alice", env=env)
+    assert made.exit_code == 0, made.output
+    told = dict(line.rsplit(maxsplit=1) for line in made.stdout.splitlines())
+    me = whoami({"url": up.told["url"], "key": told["API key"]})
+    assert (me["workspaceId"], me["environmentId"]) == (told["workspace"], told["environment"])
+    listed = cli.run("workspaces", "list", env=env).stdout
+    assert re.search(rf"{told['workspace']}  {told['environment']} +1 +1  acme / default", listed)
+    another = cli.run("workspaces", "key", told["workspace"], told["environment"], env=env)
+    assert whoami({"url": up.told["url"], "key": another.stdout.strip()})["name"] == "operator"
+    wrong = cli.run("workspaces", "key", told["workspace"], told["workspace"], env=env)
+    assert (wrong.exit_code, "not found" in wrong.stderr) == (1, True)
+    for role in ("read-only", "owner"):
+        admitted = cli.run("workspaces", "admit", told["workspace"], "bob", "--role", role, env=env)
+        assert admitted.stdout.endswith(f"{role}\n"), admitted.output
+    assert re.search(r" 2  acme / default", cli.run("workspaces", "list", env=env).stdout)
+    without = cli.run("workspaces", "create", "w", "--owner", "alice", env=up.cli.env)
+    assert (without.exit_code, "SLUICE_OIDC_ISSUER" in without.stderr) == (2, True)
+
+
 def test_wrong_key_and_silent_server_are_told(cli: Cli, up: Up) -> None:
     wrong = cli.run("batches", "list", "--server", up.told["url"], "--key", "slk_wrong")
     assert wrong.exit_code == 1
