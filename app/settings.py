@@ -104,6 +104,9 @@ class Settings(BaseModel):
     max_response_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
     )
+    idempotency_hours: int = Field(
+        default=24, ge=1, description="how long an Idempotency-Key means the batch it made"
+    )
     default_timeout_ms: int = Field(
         default=300_000, ge=100, description="one provider call, where nothing else is said"
     )

@@ -141,12 +141,17 @@ def object_of(body: bytes) -> Json:
     return cast("Json", given)
 
 
-def changes(model: type[Change], given: Json) -> Change:
-    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+def read(model: type[Change], given: Json) -> Change:
+    """What a request says. Raises ValidationError."""
     try:
-        wanted = model.model_validate(given)
+        return model.model_validate(given)
     except PydanticError as error:
         raise ValidationError(problems_of(error)) from None
+
+
+def changes(model: type[Change], given: Json) -> Change:
+    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+    wanted = read(model, given)
     if not wanted.model_fields_set:
         *most, last = (field.alias or name for name, field in model.model_fields.items())
         raise ValidationError(

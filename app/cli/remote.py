@@ -14,13 +14,14 @@ from uuid import UUID
 import click
 import msgspec
 
-from app.batches import Result, Status
+from app.batches import Status
 from app.cli import INTERRUPTED
 from app.cli.answers import Tally, write_answers
 from app.cli.client import Item, Server
 from app.cli.progress import Progress, duration
 from app.errors import UsageError
 from app.inputs import Input, digest
+from app.items import Result
 
 _CHAT: Final = "/v1/chat/completions"
 _CHUNK_BYTES: Final = 64 * 1024
