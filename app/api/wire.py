@@ -82,7 +82,8 @@ def _boolean(value: object) -> object:
     return value
 
 
-def _moment(value: object) -> object:
+def moment(value: object) -> object:
+    """A time with its zone, for pydantic; None stays."""
     if value is None or isinstance(value, datetime):
         return value
     try:
@@ -102,7 +103,7 @@ Name = Annotated[str, BeforeValidator(_storable), Field(min_length=1, max_length
 Keyed = Annotated[dict[str, Any], BeforeValidator(_storable)]
 Flag = Annotated[bool, BeforeValidator(_boolean)]
 Whole = Annotated[int, BeforeValidator(_whole)]
-Moment = Annotated[datetime | None, BeforeValidator(_moment)]
+Moment = Annotated[datetime | None, BeforeValidator(moment)]
 
 
 class Sent(BaseModel):

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import IO, Final
@@ -77,7 +78,7 @@ async def write_answers(
     file that cannot be written. The first ``samples`` answers are handed back too.
     """
     tally = Tally()
-    with _whole(output, remedy) as file:
+    with whole_file(output, remedy) as file:
         write = _writer(given, file)
         for row in islice(given.rows(), most):
             result = await anext(results, None)
@@ -112,13 +113,14 @@ def reason(result: Result | None) -> str:
 
 
 @contextlib.contextmanager
-def _whole(output: Path, remedy: str) -> Generator[IO[str]]:
+def whole_file(output: Path, remedy: str) -> Generator[TextIOWrapper]:
     """A text file that takes its place when it is complete."""
     draft = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         # Not newline translation: csv and JSON lines write their own. What UTF-8 cannot hold
         # (a lone surrogate in an answer) becomes "?" rather than a file that nobody can read.
         with draft.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            assert isinstance(file, TextIOWrapper)
             yield file
             file.flush()
             os.fsync(file.fileno())
