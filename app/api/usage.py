@@ -426,7 +426,9 @@ class _Row:
 
 def _rows(wanted: UsageQuery, cells: Sequence[usage.Cell], times: Sequence[datetime]) -> list[_Row]:
     """One row per time and values, gaps filled with zeros, in order, as many as are wanted."""
-    keys = {tuple(sorted(cell.key.items(), key=str)): cell.key for cell in cells}
+    keys: dict[tuple[tuple[str, str | None], ...], dict[str, str | None]] = {
+        tuple(sorted(cell.key.items(), key=str)): cell.key for cell in cells
+    }
     if not keys and not wanted.dimensions:
         keys = {(): {}}
     if len(cells) > _MOST_CELLS or len(keys) * len(times) > _MOST_CELLS:

@@ -315,7 +315,7 @@ async def test_batches_are_found_by_what_they_are(service: Service) -> None:
     await service.work()
     third = await service.create()
 
-    async def found(**params: Any) -> list[str]:  # noqa: ANN401 - whatever the query takes
+    async def found(**params: Any) -> list[int]:  # noqa: ANN401 - whatever the query takes
         answer = await service.http.get(service.batches, params=params)
         assert answer.status_code == 200, answer.text
         names = {b["batchId"]: n for n, b in enumerate((first, second, third))}

@@ -89,6 +89,16 @@ async def test_what_fails_again_meanwhile_is_not_tried_for_ever(service: Service
     assert (state["status"], state["failed"]) == ("FAILED", 5)
 
 
+WRONG: list[Json] = [
+    {"statuses": []},
+    {"statuses": ["COMPLETED"]},
+    {"indexes": ["1"]},
+    {"itemIds": ["x"]},
+    {"errorCodes": "a"},
+    {"completionWindow": "1y"},
+]
+
+
 async def test_a_retry_names_what_it_does_not_know(service: Service) -> None:
     batch = await failed_batch(service)
     other = await service.create("x")
@@ -105,14 +115,7 @@ async def test_a_retry_names_what_it_does_not_know(service: Service) -> None:
         "indexes[0]",
         "customIds[1]",
     ]
-    for wrong in (
-        {"statuses": []},
-        {"statuses": ["COMPLETED"]},
-        {"indexes": ["1"]},
-        {"itemIds": ["x"]},
-        {"errorCodes": "a"},
-        {"completionWindow": "1y"},
-    ):
+    for wrong in WRONG:
         assert (await retry(service, batch, 400, **wrong))["errorCode"] == "GENERIC_VALIDATION"
     assert await indexes(service, batch, "FAILED") == [1, 2, 3, 4, 5]
 
