@@ -87,9 +87,7 @@ def _steering() -> dict[str, Schema]:
         "priority": described.whole(-100, 100),
         "weight": Schema(type=OpenAPIType.NUMBER, minimum=0.1, maximum=100),
         "capacity": described.capacity(),
-        "completionWindow": Schema(
-            type=OpenAPIType.STRING, description="from 1m to 90d, such as 30m, 24h or 7d"
-        ),
+        "completionWindow": described.window,
         "expiresAt": described.moment,
     }
 
@@ -104,44 +102,6 @@ class ChangeOperation(Operation):
             hurry=Example(
                 summary="Let it go first, and have until tomorrow",
                 value={"priority": 10, "completionWindow": "24h"},
-            ),
-        )
-
-
-@dataclass
-class CancelOperation(Operation):
-    """Documents the body of a cancel, which may be empty and is read by hand."""
-
-    def __post_init__(self) -> None:
-        self.request_body = described.optional_body(
-            described.fields([], running=described.words("abort", "finish")),
-            cut=Example(summary="Cut calls in flight", value={"running": "abort"}),
-        )
-
-
-@dataclass
-class RetryOperation(Operation):
-    """Documents the body of a retry, which may be empty and is read by hand."""
-
-    def __post_init__(self) -> None:
-        steering = _steering()
-        self.request_body = described.optional_body(
-            described.fields(
-                [],
-                itemIds=described.texts,
-                customIds=described.texts,
-                indexes=Schema(
-                    type=OpenAPIType.ARRAY, items=described.whole(0, batches.MOST_ITEMS)
-                ),
-                errorCodes=described.texts,
-                statuses=Schema(
-                    type=OpenAPIType.ARRAY, items=described.words("FAILED", "EXPIRED", "CANCELLED")
-                ),
-                completionWindow=steering["completionWindow"],
-                expiresAt=steering["expiresAt"],
-            ),
-            some=Example(
-                summary="What the provider was too busy for", value={"errorCodes": ["server_error"]}
             ),
         )
 
@@ -387,7 +347,7 @@ async def read(
     "kept (running=finish), or cut (running=abort): then only their attempts are recorded. A "
     "cancel that is under way may be repeated, and changed to abort.",
     status_code=200,
-    operation_class=CancelOperation,
+    operation_class=retries.CancelOperation,
     request_max_body_size=1024 * 1024,
     responses={
         200: Answer(wire_batches.BatchBody, description="The batch, cancelled"),
@@ -560,7 +520,7 @@ async def _hold_or_go(
     description="Those that failed; or chosen ones, those with certain errors, or also those that "
     "were cancelled. Their failures count anew; a batch that had ended goes on.",
     status_code=200,
-    operation_class=RetryOperation,
+    operation_class=retries.RetryOperation,
     request_max_body_size=4 * 1024 * 1024,
     responses={
         200: Answer(wire_batches.RetryBody, description="How many, and the batch"),

@@ -14,6 +14,7 @@ text = Schema(type=OpenAPIType.STRING)
 texts = Schema(type=OpenAPIType.ARRAY, items=text)
 flag = Schema(type=OpenAPIType.BOOLEAN)
 moment = Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.DATE_TIME)
+window = Schema(type=OpenAPIType.STRING, description="from 1m to 90d, such as 30m, 24h or 7d")
 record = Schema(type=OpenAPIType.OBJECT)
 
 

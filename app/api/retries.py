@@ -1,11 +1,18 @@
-"""Trying items of a batch again: which ones a request means, a new deadline, and doing it."""
+"""Trying items of a batch again: which ones a request means, a new deadline, and doing it.
+
+And what the bodies of a retry and a cancel look like, which are read by hand.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
+from litestar.openapi.spec import Example, Operation, Schema
+from litestar.openapi.spec.enums import OpenAPIType
+
 from app import batches, items
+from app.api import described
 from app.api.context import Context
 from app.api.wire_batches import BatchRetry, problems_of_deadline
 from app.batches import Batch, Status
@@ -19,6 +26,43 @@ _MOST_CHOSEN: Final = 10_000
 
 #: The error code of failed items that a deadline overtook.
 _EXPIRED: Final = "EXPIRED"
+
+
+@dataclass
+class CancelOperation(Operation):
+    """Documents the body of a cancel, which may be empty and is read by hand."""
+
+    def __post_init__(self) -> None:
+        self.request_body = described.optional_body(
+            described.fields([], running=described.words("abort", "finish")),
+            cut=Example(summary="Cut calls in flight", value={"running": "abort"}),
+        )
+
+
+@dataclass
+class RetryOperation(Operation):
+    """Documents the body of a retry, which may be empty and is read by hand."""
+
+    def __post_init__(self) -> None:
+        self.request_body = described.optional_body(
+            described.fields(
+                [],
+                itemIds=described.texts,
+                customIds=described.texts,
+                indexes=Schema(
+                    type=OpenAPIType.ARRAY, items=described.whole(0, batches.MOST_ITEMS)
+                ),
+                errorCodes=described.texts,
+                statuses=Schema(
+                    type=OpenAPIType.ARRAY, items=described.words("FAILED", "EXPIRED", "CANCELLED")
+                ),
+                completionWindow=described.window,
+                expiresAt=described.moment,
+            ),
+            some=Example(
+                summary="What the provider was too busy for", value={"errorCodes": ["server_error"]}
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
