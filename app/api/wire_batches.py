@@ -116,7 +116,7 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     resource_id: UUID
     status: WireStatus
     request: Json | UnsetType = UNSET
-    response: ItemResponse | Json | UnsetType | None = UNSET
+    response: ItemResponse | Json | None
     correlation_id: str
     model: str | None
     provider: str | None
@@ -220,12 +220,10 @@ class Shape:
     """How items are shown. ``bare``: the provider's reply alone as their response."""
 
     has_request: bool = True
-    has_response: bool = True
     bare: bool = False
 
 
 USUAL: Final = Shape()
-SLIM: Final = Shape(has_request=False, has_response=False)
 
 
 def item_body(
@@ -257,9 +255,7 @@ def item_body(
         resource_id=item.resource_id,
         status=_status(shown),
         request=_verbatim(item.request) if shape.has_request else UNSET,
-        response=_response(item, correlation_id, bare=shape.bare if answered else None)
-        if shape.has_response
-        else UNSET,
+        response=_response(item, correlation_id, bare=shape.bare if answered else None),
         correlation_id=correlation_id,
         model=item.model if answered else None,
         provider=item.provider if answered else None,
