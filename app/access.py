@@ -30,6 +30,9 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "completion-batch:list": "list batches",
         "completion-batch:update": "steer, pause and resume batches",
         "completion-batch:cancel": "cancel batches",
+        "completion-batch:retry": "try items of batches again",
+        "request-usage:get": "read use and error rates",
+        "request-audit:list": "list calls, with what was asked and answered",
         "ai-connection:create": "create connections",
         "ai-connection:get": "read connections and their use of limits",
         "ai-connection:update": "change connections",
@@ -84,7 +87,13 @@ ALONE: Final = frozenset(
 )
 
 #: What a new key may do when its maker is a member: the work of an environment, not its keys.
-MEMBERS_KEY: Final = ("completion-batch:*", "ai-connection:*", "ai-resource:*")
+MEMBERS_KEY: Final = (
+    "completion-batch:*",
+    "ai-connection:*",
+    "ai-resource:*",
+    "request-usage:*",
+    "request-audit:*",
+)
 
 #: Every action of an environment: what keys may do where nothing else is said.
 EVERYTHING: Final = ("*",)

@@ -125,10 +125,19 @@ class Settings(BaseModel):
     max_response_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
     )
+    idempotency_hours: int = Field(
+        default=24, ge=1, description="how long an Idempotency-Key means the batch it made"
+    )
     default_timeout_ms: int = Field(
         default=300_000, ge=100, description="one provider call, where nothing else is said"
     )
     ledger_keep_hours: int = Field(default=48, ge=2, description="how long ledger slots are kept")
+    usage_days: int = Field(
+        default=366, ge=1, description="longest time that one question about usage may span"
+    )
+    usage_timeout_s: float = Field(
+        default=30.0, gt=0, description="longest time that Postgres may think about one"
+    )
     sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
     sse_recheck_s: float = Field(
         default=10.0, gt=0, description="how often a stream's caller is asked about again"

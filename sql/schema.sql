@@ -74,7 +74,8 @@ comment on type claim_pick is 'Scratch of claim(): an item admitted. Never store
 
 create type taken_item as (
     workspace_id uuid, batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
-    flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean
+    flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean,
+    timeout_ms int
 );
 comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
 
@@ -554,6 +555,8 @@ create table batches (
     expired_at timestamptz,
     source_ip text,
     created_by_user_id uuid,
+    timeout_ms int,
+    max_attempts smallint,
     constraint batches_pkey primary key (workspace_id, batch_id),
     constraint batches_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
@@ -562,7 +565,9 @@ create table batches (
     constraint batches_end_has_a_time check
         ((status in ('completed', 'failed')) <= (completed_at is not null)),
     constraint batches_cancel_has_a_time check ((status = 'cancelled') = (cancelled_at is not null)),
-    constraint batches_running_has_started check (status <> 'running' or started_at is not null)
+    constraint batches_running_has_started check (status <> 'running' or started_at is not null),
+    constraint batches_timeout_positive check (timeout_ms > 0),
+    constraint batches_max_attempts_positive check (max_attempts > 0)
 );
 create unique index batches_idempotency_key_unique
     on batches (workspace_id, environment_id, idempotency_key) where idempotency_key is not null;
@@ -596,6 +601,9 @@ comment on column batches.weight is 'Its share among batches of the same priorit
 comment on column batches.expires_at is 'No item is begun from then on; null: no deadline.';
 comment on column batches.expired_at is 'When items were first given up because of that; null: never.';
 comment on column batches.source_ip is 'Address of the client that created it, for limits per address.';
+comment on column batches.timeout_ms is
+    'Longest time of one call as its creator wanted it, in milliseconds; null: that of the resource.';
+comment on column batches.max_attempts is 'Failures before an item fails, as its creator wanted it; null: the usual.';
 
 create table flows (
     workspace_id uuid not null,
@@ -626,6 +634,7 @@ create table flows (
     waits_until timestamptz not null default '-infinity',
     waits_for uuid,
     request_bytes bigint not null default 0,
+    is_aborted boolean not null default false,
     constraint flows_pkey primary key (workspace_id, batch_id, resource_id),
     constraint flows_counts_add_up check (pending + running + completed + failed + cancelled = total),
     constraint flows_counts_not_negative check (
@@ -634,6 +643,7 @@ create table flows (
     constraint flows_unstarted_are_pending check (unstarted <= pending),
     constraint flows_weight_in_range check (weight between 0.1 and 100),
     constraint flows_cancelled_have_no_pending check (not is_cancelled or pending = 0),
+    constraint flows_aborted_are_cancelled check (is_cancelled or not is_aborted),
     constraint flows_open_while_unfinished check (is_open = (pending + running + unmarked > 0))
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 create index flows_open on flows (workspace_id, resource_id) where is_open;
@@ -673,6 +683,7 @@ comment on column flows.expires_at is 'The batch''s deadline; urgency rises towa
 comment on column flows.waits_until is 'Claims pass it by until then: a limit of its own is used up.';
 comment on column flows.waits_for is 'That limit; null: it waits for none.';
 comment on column flows.request_bytes is 'Size of its requests as they were submitted.';
+comment on column flows.is_aborted is 'Cancelled with all its calls: workers cut those in flight.';
 
 create table ready (
     workspace_id uuid not null,
@@ -715,7 +726,9 @@ create table items (
     worker_id uuid,
     reserved_limits uuid[],
     expected_output_tokens int,
+    timeout_ms int,
     constraint items_pkey primary key (workspace_id, batch_day, batch_id, seq),
+    constraint items_timeout_positive check (timeout_ms > 0),
     constraint items_attempt_not_negative check (attempt >= 0 and failures >= 0 and crashes >= 0),
     constraint items_seq_not_negative check (seq >= 0),
     constraint items_running_has_a_lease check (
@@ -765,6 +778,7 @@ comment on column items.max_attempts is 'It fails for good with this many failur
 comment on column items.worker_id is 'Who holds the lease.';
 comment on column items.reserved_limits is 'The limits that the claim reserved from.';
 comment on column items.expected_output_tokens is 'What the claim added to the pace of each of them.';
+comment on column items.timeout_ms is 'Longest time of one call, in milliseconds; null: that of the resource.';
 
 create table item_requests (
     workspace_id uuid not null,
@@ -773,6 +787,7 @@ create table item_requests (
     seq int not null,
     custom_id text,
     body json not null,
+    vmx jsonb,
     constraint item_requests_pkey primary key (workspace_id, batch_day, batch_id, seq)
 ) partition by range (batch_day);
 comment on table item_requests is 'What is asked. Never changed.';
@@ -783,6 +798,8 @@ comment on column item_requests.seq is 'The item.';
 comment on column item_requests.custom_id is 'The creator''s own name for it.';
 comment on column item_requests.body is
     'The request to the letter. json, not jsonb: key order, numbers and escapes stay as they came.';
+comment on column item_requests.vmx is
+    'The body''s member of that name, which is for Sluice and not sent on; null: it has none.';
 
 create table item_results (
     workspace_id uuid not null,
@@ -849,6 +866,7 @@ create table attempts (
     constraint attempts_pkey primary key (workspace_id, batch_day, batch_id, seq, attempt),
     constraint attempts_attempt_positive check (attempt > 0)
 ) partition by range (batch_day);
+create index attempts_by_time on attempts using brin (ended_at) with (pages_per_range = 32);
 comment on table attempts is
     'One row per provider call, written when it ended; plus one correction when a lost one reports '
     'after all. With the running items it accounts for every number in the ledger.';

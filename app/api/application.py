@@ -11,7 +11,7 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, errors, health, keys, tenants, workspaces
+from app.api import batches, errors, health, keys, tenants, usage, workspaces
 from app.api.auth import require_declared
 from app.api.context import Context
 from app.api.documentation import documentation
@@ -75,7 +75,13 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         route_handlers=[
             Router(
                 prefix or "/",
-                route_handlers=[batches.router, tenants.router, keys.router, workspaces.router],
+                route_handlers=[
+                    batches.router,
+                    tenants.router,
+                    keys.router,
+                    workspaces.router,
+                    usage.router,
+                ],
             ),
             health.router,
         ],

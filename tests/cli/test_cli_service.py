@@ -141,6 +141,59 @@ def test_server_answers_a_file_and_its_batches_can_be_seen(
     assert "already ended" in refused.stderr
 
 
+def test_failed_items_are_tried_again_and_results_downloaded(
+    cli: Cli, up: Up, provider: Provider
+) -> None:
+    provider.change(error_rate=1.0)
+    cli.questions(["first", "second"], "failing.csv")
+    command = ["run", "failing.csv", "--prompt", "{text}", "--base-url", provider.url]
+    command += ["--model", "again", "--max-attempts", "1", "--output", "o.csv", *up.at]
+    ended = cli.run(*command)
+    assert ended.exit_code == 1, ended.output
+    found = re.search(r"Batch (\S+)", ended.stderr)
+    assert found is not None
+    batch = found[1]
+    assert batch in cli.run("batches", "list", "--status", "failed", *up.at).stdout
+    assert batch in cli.run("batches", "list", "--name", "failing", *up.at).stdout
+    listed = cli.run("batches", "list", "--metadata", "file=none", *up.at)
+    assert "no such batches" in listed.stdout
+    provider.change(error_rate=0.0)
+    nothing = cli.run("batches", "retry", batch, "--error", "rejected", *up.at)
+    assert "nothing to try again" in nothing.stdout
+    again = cli.run("batches", "retry", batch, "--index", "1", *up.at)
+    assert "1 item is tried again" in again.stdout
+    assert cli.run("batches", "watch", batch, *up.at).exit_code == 1
+    told = cli.run("batches", "results", batch, *up.at)
+    assert told.exit_code == 0, told.output
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [line["status"] for line in lines] == ["FAILED", "COMPLETED"]
+    options = ["--format", "csv", "--status", "completed", "--output", "r.csv"]
+    assert cli.run("batches", "results", batch, *options, *up.at).exit_code == 0
+    rows = cli.rows("r.csv")
+    assert [(row["index"], row["answer"][:11]) for row in rows] == [("1", "[simulated]")]
+    refused = cli.run("batches", "retry", batch, "--index", "7", *up.at)
+    assert refused.exit_code == 1
+    assert "indexes[0]: is no item of this batch" in refused.stderr
+
+
+def test_results_of_a_running_batch_say_where_to_go_on(
+    cli: Cli, up: Up, provider: Provider
+) -> None:
+    provider.change(latency_ms=60_000.0)
+    cli.questions(["one"])
+    command = ["run", "q.csv", "--prompt", "wait {text}", "--base-url", provider.url]
+    process = cli.start(*command, "--model", "m", *up.at)
+    until(lambda: provider.report()["in_flight"] == 1, what="it is asked", by=process)
+    found = re.search(r"sluice batches cancel (\S+)", end(process, signal.SIGINT))
+    assert found is not None
+    told = cli.run("batches", "results", found[1], *up.at)
+    assert (told.exit_code, told.stdout) == (0, "")
+    assert "Go on later with --after -1" in told.stderr
+    cut = cli.run("batches", "cancel", found[1], "--abort", *up.at)
+    assert "cancelled   1" in cut.stdout
+    until(lambda: provider.report()["in_flight"] == 0, what="the call is cut")
+
+
 def test_detaching_leaves_the_server_at_work(cli: Cli, up: Up, provider: Provider) -> None:
     provider.change(latency_ms=60_000.0)
     cli.questions(["one"])
