@@ -91,7 +91,9 @@ def documentation(prefix: str) -> Documentation:
         title="Sluice",
         version=__version__,
         description="Batches of language model requests, within the providers' limits.",
-        openapi_router=Router(f"{prefix}/docs", route_handlers=[], opt={"action": PUBLIC}),
+        openapi_router=Router(
+            f"{prefix}/docs", route_handlers=[], include_in_schema=False, opt={"action": PUBLIC}
+        ),
         prefix=prefix,
         render_plugins=[ScalarRenderPlugin()],
         components=Components(

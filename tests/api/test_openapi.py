@@ -143,6 +143,7 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
         "connectionId": [str(lone_service.connection_id)],
         "resourceId": [str(lone_service.resource_id)],
         "apiKeyId": [str(other)],
+        "userId": [str(other)],  # there are none where no issuer is configured
     }
     walk = Walk(lone_service.url, lone_service.key, told, ids, ended["batchId"])
     await asyncio.to_thread(walk.all)
@@ -156,7 +157,12 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
         for label, statuses in walk.walked.items()
         if label.startswith("GET /v1/") and 200 not in statuses
     ]
-    assert unanswered == []
+    # Those are for users; tests/api/test_users.py asks them with tokens.
+    assert unanswered == [
+        "GET /v1/workspace/{workspaceId}/members",
+        "GET /v1/user/me",
+        "GET /v1/user",
+    ]
 
 
 async def test_every_operation_documents_its_refusals(service: Service) -> None:
