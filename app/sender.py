@@ -22,13 +22,14 @@ from http import HTTPStatus
 from typing import Final
 from uuid import UUID
 
-from app import batches, webhooks
+from app import batches, items, webhooks
 from app.api import wire_webhooks
-from app.batches import Batch, Item
+from app.batches import Batch
 from app.courier import Courier, Message, Receipt
 from app.db import Connection, Database
 from app.doorbell import EVENTS, Listener
 from app.errors import SecretError
+from app.items import Item
 from app.log import Log
 from app.secrets import Keyring
 from app.settings import Settings
@@ -268,13 +269,13 @@ class Sender:
                 environment_id=endpoint.environment_id,
                 batch_id=batch_id,
             )
-            items: dict[int, Item] = {}
+            told: dict[int, Item] = {}
             seqs = sorted({each.seq for each in some if each.seq is not None})
             if batch is not None and seqs:
-                found = await batches.items_numbered(conn, batch=batch, seqs=seqs)
-                items = {item.seq: item for item in found}
+                found = await items.numbered(conn, batch=batch, seqs=seqs)
+                told = {item.seq: item for item in found}
             for each in some:
-                body = _body(endpoint, batch, each, items)
+                body = _body(endpoint, batch, each, told)
                 posts.append(
                     _Post(
                         delivery=each,
@@ -363,7 +364,7 @@ class Sender:
 
 
 def _body(
-    endpoint: Endpoint, batch: Batch | None, delivery: Claimed, items: dict[int, Item]
+    endpoint: Endpoint, batch: Batch | None, delivery: Claimed, told: dict[int, Item]
 ) -> bytes | None:
     """The body of a delivery; None when what it tells of is gone.
 
@@ -375,5 +376,5 @@ def _body(
         return None
     if delivery.seq is None:
         return wire_webhooks.callback_body(batch, delivery, None)
-    item = items.get(delivery.seq)
+    item = told.get(delivery.seq)
     return None if item is None else wire_webhooks.callback_body(batch, delivery, item)

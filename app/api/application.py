@@ -11,7 +11,18 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, deliveries, errors, health, tenants, webhook_endpoints
+from app.api import (
+    batches,
+    deliveries,
+    errors,
+    health,
+    keys,
+    tenants,
+    usage,
+    webhook_endpoints,
+    workspaces,
+)
+from app.api.auth import require_declared
 from app.api.context import Context
 from app.api.documentation import documentation
 from app.api.streams import Hub
@@ -19,6 +30,7 @@ from app.db import Database
 from app.doorbell import EVENTS, Listener, Ringer
 from app.errors import SluiceError
 from app.log import Log
+from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
@@ -39,6 +51,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         listen_url=listen_url,
         ringer=Ringer(db),
         hub=hub,
+        issuer=_issuer(settings),
     )
 
     def given() -> Context:
@@ -63,10 +76,12 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
             await asyncio.gather(*context.chores, return_exceptions=True)
             await supervisor.stop()
             await context.ringer.flush()
+            if context.issuer is not None:
+                await context.issuer.close()
 
     base = settings.base_path.strip("/")
     prefix = f"/{base}" if base else ""
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             Router(
                 prefix or "/",
@@ -74,7 +89,10 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
                     batches.router,
                     deliveries.router,
                     tenants.router,
+                    keys.router,
+                    workspaces.router,
                     webhook_endpoints.router,
+                    usage.router,
                 ],
             ),
             health.router,
@@ -87,6 +105,20 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         openapi_config=documentation(prefix),
         logging_config=None,
         debug=False,
+    )
+    require_declared(app)
+    return app
+
+
+def _issuer(settings: Settings) -> Issuer | None:
+    if settings.oidc_issuer is None or settings.oidc_audience is None:
+        return None
+    return Issuer(
+        settings.oidc_issuer,
+        audience=settings.oidc_audience,
+        leeway_s=settings.oidc_leeway_s,
+        timeout_s=settings.oidc_timeout_s,
+        keys_s=settings.oidc_keys_s,
     )
 
 

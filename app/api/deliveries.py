@@ -1,36 +1,32 @@
 """``/v1/completion-batch/…/deliveries``: what was told of a batch, to whom, and telling it again."""
 
-from functools import partial
 from typing import Annotated, Final
 from uuid import UUID
 
 from litestar import Response, Router, get, post
 from litestar.di import Provide
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import PathParameter, QueryParameter
 
 from app import webhooks
-from app.api import wire, wire_webhooks
+from app.api import query, wire, wire_webhooks
 from app.api.auth import Caller, authenticate, batch_for, tenant_caller
-from app.api.batches import BatchId, Cursor, number
 from app.api.context import Context, Given
+from app.api.described import Answer
 from app.api.errors import ErrorBody
 from app.batches import Batch
 from app.doorbell import EVENTS
-from app.errors import ConflictError, NotFoundError, Problem, ValidationError
+from app.errors import ConflictError, NotFoundError
 from app.log import Log
 from app.webhooks import Status
 
 log = Log("api")
-
-#: Documentation of an answer; made-up examples would be noise.
-Answer = partial(ResponseSpec, generate_examples=False)
 
 _FIRST: Final = (-1, UUID(int=0))
 
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/deliveries",
+    action="completion-batch:get",
     summary="List a batch's deliveries",
     description="To its callback and to the webhooks of its environment, in the order of the events, "
     "with every try.",
@@ -40,14 +36,14 @@ async def list_deliveries(
     *,
     context: Given,
     caller: Caller,
-    batch_id: BatchId,
+    batch_id: query.BatchId,
     status: Annotated[
         str | None, QueryParameter(description="only those PENDING, DELIVERED or DEAD")
     ] = None,
-    limit: Annotated[str | None, QueryParameter(description="1 to 1000; default 100")] = None,
-    cursor: Cursor = None,
+    limit: query.Limit = None,
+    cursor: query.Cursor = None,
 ) -> Response[bytes]:
-    most = number(limit, "limit", default=100, least=1, most=1000)
+    most = query.number(limit, "limit", default=100, least=1, most=1000)
     after = _FIRST if cursor is None else _position(cursor)
     wanted = _status(status)
     async with context.db.connection() as conn:
@@ -71,7 +67,7 @@ async def list_deliveries(
 def _position(cursor: str) -> tuple[int, UUID]:
     found = wire_webhooks.parsed_delivery_id(cursor)
     if found is None:
-        raise ValidationError([Problem(path="cursor", message="must be a nextCursor of this list")])
+        raise query.refuse("cursor", "must be a nextCursor of this list")
     return found[1], found[0]
 
 
@@ -82,13 +78,12 @@ def _status(value: str | None) -> Status | None:
         case "pending" | "delivered" | "dead" as known:
             return known
         case _:
-            raise ValidationError(
-                [Problem(path="status", message="must be PENDING, DELIVERED or DEAD")]
-            )
+            raise query.refuse("status", "must be PENDING, DELIVERED or DEAD")
 
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/deliveries/{deliveryId:str}/redeliver",
+    action="completion-batch:update",
     summary="Deliver again",
     description="Whatever became of it, with the same webhook-id and a fresh schedule of tries. An "
     "endpoint that was disabled is enabled.",
@@ -102,7 +97,7 @@ def _status(value: str | None) -> Status | None:
 async def redeliver(
     context: Given,
     caller: Caller,
-    batch_id: BatchId,
+    batch_id: query.BatchId,
     delivery_id: Annotated[str, PathParameter(name="deliveryId")],
 ) -> Response[bytes]:
     async with context.db.connection() as conn:
@@ -119,12 +114,15 @@ async def redeliver(
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/deliveries/redeliver",
+    action="completion-batch:update",
     summary="Deliver all again that were given up",
     description="Those of this batch that are DEAD, each with a fresh schedule of tries.",
     status_code=200,
     responses={200: Answer(wire_webhooks.Redelivered, description="They are tried again now")},
 )
-async def redeliver_dead(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+async def redeliver_dead(
+    context: Given, caller: Caller, batch_id: query.BatchId
+) -> Response[bytes]:
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
         endpoints = await webhooks.endpoints_of_dead(

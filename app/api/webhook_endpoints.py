@@ -4,34 +4,29 @@ The tenant is the caller's key's workspace and environment. An endpoint is told 
 of its environment, whichever API made it.
 """
 
-from functools import partial
 from typing import Annotated, Final, cast
 
 import msgspec
 from litestar import Response, Router, delete, get, post
 from litestar.di import Provide
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from app import batches, webhooks
+from app.access import Principal
 from app.addresses import Guard
-from app.api import auth, wire, wire_webhooks
+from app.api import auth, query, wire, wire_webhooks
 from app.api.auth import Caller, authenticate, require_everything
-from app.api.batches import number
 from app.api.context import Given
+from app.api.described import Answer
 from app.api.errors import HANDLERS, AnyRequest, ErrorBody, Handler
 from app.courier import Courier, Message
 from app.db import Connection
 from app.errors import NotFoundError, Problem, RequestError, ValidationError
 from app.ids import uuid7
 from app.log import Log
-from app.tenants import ApiKey
 from app.webhooks import EVENT_TYPES, Endpoint
 
 log = Log("api")
-
-#: Documentation of an answer; made-up examples would be noise.
-Answer = partial(ResponseSpec, generate_examples=False)
 
 EndpointId = Annotated[str, PathParameter(name="webhookEndpointId")]
 
@@ -40,6 +35,7 @@ _MANAGE = "manage webhook endpoints"
 
 @post(
     "/webhook_endpoints",
+    action="webhook-endpoint:create",
     summary="Create a webhook endpoint",
     description="The answer is the only one, but for a rotation, that shows the signing secret.",
     status_code=200,
@@ -71,6 +67,7 @@ async def create(
 
 @get(
     "/webhook_endpoints",
+    action="webhook-endpoint:list",
     summary="List webhook endpoints",
     description="Newest first.",
     responses={200: Answer(wire_webhooks.EndpointsPage, description="A page of endpoints")},
@@ -85,10 +82,10 @@ async def list_endpoints(
     limit: Annotated[str | None, QueryParameter(description="1 to 100; default 20")] = None,
 ) -> Response[bytes]:
     require_everything(caller, _MANAGE)
-    most = number(limit, "limit", default=20, least=1, most=100)
+    most = query.number(limit, "limit", default=20, least=1, most=100)
     before = None if after is None else wire_webhooks.parsed_endpoint_id(after)
     if after is not None and before is None:
-        raise ValidationError([Problem(path="after", message="must be the id of an endpoint")])
+        raise query.refuse("after", "must be the id of an endpoint")
     async with context.db.connection() as conn:
         rows = await webhooks.page(
             conn,
@@ -110,6 +107,7 @@ async def list_endpoints(
 
 @get(
     "/webhook_endpoints/{webhookEndpointId:str}",
+    action="webhook-endpoint:get",
     summary="Read a webhook endpoint",
     responses={200: Answer(wire_webhooks.EndpointBody, description="The endpoint")},
 )
@@ -122,6 +120,7 @@ async def read(context: Given, caller: Caller, endpoint_id: EndpointId) -> Respo
 
 @post(
     "/webhook_endpoints/{webhookEndpointId:str}",
+    action="webhook-endpoint:update",
     summary="Change a webhook endpoint",
     description="What is absent stays. One that was disabled is told of what happens from now on.",
     status_code=200,
@@ -157,6 +156,7 @@ async def change(
 
 @delete(
     "/webhook_endpoints/{webhookEndpointId:str}",
+    action="webhook-endpoint:delete",
     summary="Delete a webhook endpoint",
     description="What waits to be sent to it is given up; what was sent stays on record.",
     status_code=200,
@@ -173,6 +173,7 @@ async def remove(context: Given, caller: Caller, endpoint_id: EndpointId) -> Res
 
 @post(
     "/webhook_endpoints/{webhookEndpointId:str}/rotate_secret",
+    action="webhook-endpoint:rotate",
     summary="Give a webhook endpoint a new secret",
     description="With keep_old_secret_active_for_24_hours messages carry both signatures for a day.",
     status_code=200,
@@ -197,6 +198,7 @@ async def rotate_secret(
 
 @post(
     "/webhook_endpoints/{webhookEndpointId:str}/test",
+    action="webhook-endpoint:test",
     summary="Send a sample event to a webhook endpoint",
     description="Now, once, of a batch that there is not. Its answer's status is told.",
     status_code=200,
@@ -250,6 +252,7 @@ async def test(
 
 @get(
     "/webhook_event_types",
+    action="webhook-endpoint:list",
     summary="List the types of webhook events",
     responses={200: Answer(wire_webhooks.EventTypes, description="The types")},
 )
@@ -263,7 +266,7 @@ def _check_url(guard: Guard, url: str) -> None:
         raise ValidationError([Problem(path="url", message=problem)])
 
 
-async def _found(conn: Connection, key: ApiKey, text: str) -> Endpoint:
+async def _found(conn: Connection, key: Principal, text: str) -> Endpoint:
     endpoint_id = wire_webhooks.parsed_endpoint_id(text)
     found = None
     if endpoint_id is not None:
@@ -280,7 +283,7 @@ async def _found(conn: Connection, key: ApiKey, text: str) -> Endpoint:
     return found
 
 
-async def _held(conn: Connection, key: ApiKey, text: str) -> Endpoint:
+async def _held(conn: Connection, key: Principal, text: str) -> Endpoint:
     """The same, locked until the commit."""
     found = await _found(conn, key, text)
     held = await webhooks.hold(conn, workspace_id=key.workspace_id, endpoint_id=found.endpoint_id)

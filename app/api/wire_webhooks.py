@@ -30,10 +30,11 @@ from app.api.wire import (
     instant_or_none,
     problems_of,
 )
-from app.batches import Batch, Item, Status
+from app.batches import Batch, Status
 from app.errors import Problem, ValidationError
 from app.events import Kind
 from app.ids import item_id
+from app.items import Item
 from app.webhooks import ALL, EVENT_TYPES, TOPICS, Claimed, Delivery, Endpoint
 
 # What a callback is sent --------------------------------------------------------------------------
