@@ -50,6 +50,20 @@ _CLOSE_S: Final = 5.0
 #: After so long others that share an address get their turn.
 _TURN_S: Final = 2.0
 
+_FORGOTTEN: Final = Receipt(
+    status_code=None,
+    error_code="not_sent",
+    error_message="what it told of is no longer kept",
+    latency_ms=0,
+)
+#: A failure like any other: a key that is missing may be configured again before the last try.
+_SEALED: Final = Receipt(
+    status_code=None,
+    error_code="secret_unreadable",
+    error_message="the endpoint's secret cannot be opened with the operator's SLUICE_SECRET_KEY",
+    latency_ms=0,
+)
+
 
 @dataclass(slots=True)
 class _Address:
@@ -76,10 +90,10 @@ class _Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Post:
-    """A claimed delivery and what to send; a sentence in its place: it cannot be made any more."""
+    """A claimed delivery and what to send; a receipt in its place: nothing can be, and why."""
 
     delivery: Claimed
-    message: Message | str
+    message: Message | Receipt
 
 
 class Sender:
@@ -253,9 +267,8 @@ class Sender:
         try:
             known = webhooks.open_(self._keyring, endpoint)
         except SecretError as error:
-            # Tried again when the lease is over: another process may have the key.
             log.warning("secret.unreadable", endpoint=endpoint.endpoint_id, reason=str(error))
-            return []
+            return [_Post(delivery=each, message=_SEALED) for each in claimed]
         secrets = [known.secret]
         until = endpoint.old_secret_until
         if known.old_secret is not None and until is not None and until > await batches.clock(conn):
@@ -279,7 +292,7 @@ class Sender:
                 posts.append(
                     _Post(
                         delivery=each,
-                        message="what it told of is no longer kept"
+                        message=_FORGOTTEN
                         if body is None
                         else Message(
                             url=endpoint.url,
@@ -310,18 +323,11 @@ class Sender:
     async def _try(self, post: _Post, address: _Address) -> Tried:
         delivery = post.delivery
         started_at = datetime.now(UTC)  # noqa: TID251 - a fact about this host, not a deadline
-        if isinstance(post.message, str):
-            return Tried(
-                delivery=delivery,
-                status="dead",
-                reason=post.message,
-                started_at=started_at,
-                latency_ms=0,
-                error_code="not_sent",
-                error_message=post.message,
-            )
-        receipt = await self._courier.post(post.message)
-        address.note(receipt, self._settings.delivery_rest_s)
+        if isinstance(post.message, Receipt):
+            receipt = post.message
+        else:
+            receipt = await self._courier.post(post.message)
+            address.note(receipt, self._settings.delivery_rest_s)
         tried = self._outcome(delivery, receipt, started_at)
         facts = {
             "batch": delivery.batch_id,
@@ -344,10 +350,14 @@ class Sender:
             waits = self._settings.delivery_waits
             if receipt.status_code == HTTPStatus.GONE:
                 status, reason = "dead", "the receiver answered 410 Gone"
+            elif receipt is _FORGOTTEN:
+                status, reason = "dead", receipt.error_message
             elif delivery.failures < len(waits):
                 status = "pending"
                 wait_s = waits[delivery.failures] * random.uniform(1.0, 1.1)  # noqa: S311 - jitter
                 wait_s = max(wait_s, receipt.retry_after_s or 0.0)
+            elif receipt is _SEALED:
+                status, reason = "dead", receipt.error_message
             else:
                 status, reason = "dead", f"it failed {delivery.failures + 1} times"
         return Tried(

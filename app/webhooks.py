@@ -14,6 +14,7 @@ from uuid import UUID
 
 from app import signatures
 from app.db import Connection, NoRow, Query
+from app.errors import SecretError
 from app.events import Kind
 from app.ids import uuid7
 from app.secrets import Keyring, Sealed
@@ -331,10 +332,17 @@ async def change(
 
 
 async def rotate(conn: Connection, keyring: Keyring, *, held: Endpoint, overlap_s: float) -> str:
-    """A new secret for an endpoint that is held; the old one signs too for ``overlap_s``."""
-    known = open_(keyring, held)
+    """A new secret for an endpoint that is held; the old one signs too for ``overlap_s``.
+
+    An old one that cannot be opened is no obstacle: this is how to get rid of it.
+    """
     secret = signatures.mint_secret()
-    confidence = Confidence(secret=secret, old_secret=known.secret, headers=known.headers)
+    try:
+        known = open_(keyring, held)
+    except SecretError:
+        confidence = Confidence(secret=secret)
+    else:
+        confidence = Confidence(secret=secret, old_secret=known.secret, headers=known.headers)
     sealed = _sealed(keyring, held.endpoint_id, confidence)
     await _endpoint_reseal.run(
         conn,

@@ -102,6 +102,7 @@ ACROSS_TENANTS = {
         "doctor.workers_seen",
     },
     "workers and maintenance": {
+        "queue.batches_aborted",
         "queue.batches_unmarked",
         "queue.flows_expired",
         "queue.items_below_floor",
@@ -111,6 +112,11 @@ ACROSS_TENANTS = {
         "queue.ready_due",
         "queue.ready_recompute",
         "queue.workers_forget",
+    },
+    "the sender": {
+        "webhooks.endpoints_due",
+        "webhooks.endpoints_postpone",
+        "webhooks.endpoints_sweep",
     },
 }
 

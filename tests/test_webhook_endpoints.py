@@ -1,5 +1,6 @@
 """Webhooks of an environment, managed with the unmodified OpenAI SDK and verified by it."""
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from uuid import UUID
@@ -10,6 +11,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types.webhooks import BatchCompletedWebhookEvent, WebhookEndpointWithSecret
 from standardwebhooks.webhooks import WebhookVerificationError
 
+from app import workspaces
 from app.db import Database
 from app.doorbell import EVENTS
 from tests.api.conftest import Service, server_on, service_on
@@ -331,6 +333,106 @@ async def test_a_deleted_endpoint_is_told_nothing_more(
     answer = await service.http.post(f"{path}/{dead['deliveryId']}/redeliver")
     assert (answer.status_code, answer.json()["errorCode"]) == (409, "ENDPOINT_NOT_FOUND")
     assert (await service.http.post(f"{path}/redeliver")).json() == {"redelivered": 0}
+
+
+async def break_secret(service: Service, endpoint_id: UUID) -> None:
+    """As if the key that sealed it were lost."""
+    await run(
+        service,
+        "update endpoints set secret_key_id = 'lost' where endpoint_id = %s",
+        endpoint_id,
+    )
+
+
+async def test_what_cannot_be_signed_is_given_up_in_the_end_with_a_reason(
+    service: Service, client: AsyncOpenAI
+) -> None:
+    async with receiving() as receiver, sending(service, delivery_schedule_s="0.05,0.05"):
+        made = await hook(client, receiver.url)
+        await break_secret(service, UUID(made.id.removeprefix("whe_")))
+        batch = await service.create("a")
+        await service.work()
+        path = f"{service.batches}/{batch['batchId']}/deliveries"
+
+        async def given_up() -> bool:
+            return [d["status"] for d in (await service.get(path))["data"]] == ["DEAD"]
+
+        await until(given_up)
+        (dead,) = (await service.get(path))["data"]
+        assert dead["reason"].startswith("the endpoint's secret cannot be opened")
+        assert [t["errorCode"] for t in dead["attempts"]] == ["secret_unreadable"] * 3
+        assert receiver.got == []
+        with pytest.raises(openai.BadRequestError, match="rotate_secret"):
+            await client.webhooks.test(made.id, event_type="batch.completed")
+        # The way out: a new secret, and what was given up is told after all.
+        new = await client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+        assert (await service.http.post(f"{path}/redeliver")).json() == {"redelivered": 1}
+        (request,) = await told(receiver, 1)
+        request.verify(new.signing_secret)
+
+
+async def test_a_missing_key_that_comes_back_loses_nothing(
+    service: Service, client: AsyncOpenAI
+) -> None:
+    async with receiving() as receiver, sending(service):
+        made = await hook(client, receiver.url)
+        endpoint_id = UUID(made.id.removeprefix("whe_"))
+        await break_secret(service, endpoint_id)
+        batch = await service.create("a")
+        await service.work()
+        path = f"{service.batches}/{batch['batchId']}/deliveries"
+
+        async def was_tried() -> bool:
+            (delivery,) = (await service.get(path))["data"]
+            return len(delivery["attempts"]) > 0
+
+        await until(was_tried)
+        await run(
+            service,
+            "update endpoints set secret_key_id = %s where endpoint_id = %s",
+            service.keyring.key_id,
+            endpoint_id,
+        )
+        (request,) = await told(receiver, 1)
+        request.verify(made.signing_secret)
+
+
+async def test_endpoints_do_not_keep_an_environment_from_being_deleted(
+    service: Service, client: AsyncOpenAI
+) -> None:
+    """What happened before is told all the same; nothing new can happen there."""
+    place = {
+        "workspace_id": service.environment.workspace_id,
+        "environment_id": service.environment.environment_id,
+    }
+    async with receiving() as receiver:
+        await hook(client, receiver.url)
+        await service.create("a")
+        await service.work()
+        async with service.db.transaction() as conn:
+            await workspaces.delete_environment(conn, **place)
+            # One that is being made at this moment waits, and then there is no place for it.
+            late = asyncio.create_task(hook(client, receiver.url))
+            await until(lambda: waits(service))
+        with pytest.raises(openai.NotFoundError, match="Environment"):
+            await late
+        with pytest.raises(openai.AuthenticationError):
+            await client.webhooks.list()
+        async with sending(service):
+            await told(receiver, 1)
+        async with service.db.transaction() as conn:
+            await workspaces.delete(conn, workspace_id=service.environment.workspace_id)
+
+
+async def waits(service: Service) -> bool:
+    """Whether some session waits for a lock."""
+    async with service.db.connection() as conn:
+        cursor = await conn.execute(
+            "select count(*) from pg_stat_activity"
+            " where datname = current_database() and wait_event_type = 'Lock'"
+        )
+        row = await cursor.fetchone()
+    return row != (0,)
 
 
 async def test_an_endpoint_that_was_locked_is_found_by_the_sweep(

@@ -41,7 +41,7 @@ from app.api.streams import Standing, View
 from app.batches import Batch, Only, Steering
 from app.db import CONNECTION_ERRORS, Connection
 from app.doorbell import ABORTS, EVENTS, WORK
-from app.errors import ValidationError
+from app.errors import SecretError, ValidationError
 from app.log import Log
 
 log = Log("api")
@@ -200,7 +200,10 @@ async def create(
 
 
 async def _minted_secret(context: Context, conn: Connection, batch: Batch) -> str | None:
-    """The secret that was made for a callback; a repeated creation is told it again."""
+    """The secret that was made for a callback; a repeated creation is told it again.
+
+    None if it cannot be opened any more: then it stays masked.
+    """
     if batch.type != "callback":
         return None
     endpoint = await webhooks.endpoint(
@@ -211,7 +214,11 @@ async def _minted_secret(context: Context, conn: Connection, batch: Batch) -> st
     )
     if endpoint is None:
         return None
-    known = webhooks.open_(context.keyring, endpoint)
+    try:
+        known = webhooks.open_(context.keyring, endpoint)
+    except SecretError as error:
+        log.warning("secret.unreadable", endpoint=endpoint.endpoint_id, reason=str(error))
+        return None
     return known.secret if known.is_minted else None
 
 

@@ -11,7 +11,7 @@ from litestar import Response, Router, delete, get, post
 from litestar.di import Provide
 from litestar.params import JSONBody, PathParameter, QueryParameter
 
-from app import batches, webhooks
+from app import batches, webhooks, workspaces
 from app.access import Principal
 from app.addresses import Guard
 from app.api import auth, query, wire, wire_webhooks
@@ -21,7 +21,7 @@ from app.api.described import Answer
 from app.api.errors import HANDLERS, AnyRequest, ErrorBody, Handler
 from app.courier import Courier, Message
 from app.db import Connection
-from app.errors import NotFoundError, Problem, RequestError, ValidationError
+from app.errors import NotFoundError, Problem, RequestError, SecretError, ValidationError
 from app.ids import uuid7
 from app.log import Log
 from app.webhooks import EVENT_TYPES, Endpoint
@@ -29,6 +29,25 @@ from app.webhooks import EVENT_TYPES, Endpoint
 log = Log("api")
 
 EndpointId = Annotated[str, PathParameter(name="webhookEndpointId")]
+
+
+class ErrorObject(msgspec.Struct, kw_only=True, frozen=True):
+    """A refusal; ``param`` is the field that is wrong, if it is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(msgspec.Struct, kw_only=True, frozen=True):
+    """What every refusal of these routes looks like: as OpenAI's."""
+
+    error: ErrorObject
+
+
+#: One refusal that is described is taken for the shape of all of a route's; see documentation.
+WRONG: Final = Answer(ErrorAnswer, description="Something is wrong with the request")
 
 _MANAGE = "manage webhook endpoints"
 
@@ -41,7 +60,7 @@ _MANAGE = "manage webhook endpoints"
     status_code=200,
     responses={
         200: Answer(wire_webhooks.EndpointBody, description="The endpoint and its secret"),
-        400: Answer(ErrorBody, description="Something is wrong with the request"),
+        400: WRONG,
     },
 )
 async def create(
@@ -58,6 +77,9 @@ async def create(
         event_types=data.event_types,
     )
     async with context.db.transaction() as conn:
+        await workspaces.hold_environment(
+            conn, workspace_id=caller.workspace_id, environment_id=caller.environment_id
+        )
         await webhooks.add(conn, new)
     log.info("settings.changed", endpoint=new.endpoint_id)
     async with context.db.connection() as conn:
@@ -70,7 +92,10 @@ async def create(
     action="webhook-endpoint:list",
     summary="List webhook endpoints",
     description="Newest first.",
-    responses={200: Answer(wire_webhooks.EndpointsPage, description="A page of endpoints")},
+    responses={
+        200: Answer(wire_webhooks.EndpointsPage, description="A page of endpoints"),
+        400: WRONG,
+    },
 )
 async def list_endpoints(
     *,
@@ -109,7 +134,10 @@ async def list_endpoints(
     "/webhook_endpoints/{webhookEndpointId:str}",
     action="webhook-endpoint:get",
     summary="Read a webhook endpoint",
-    responses={200: Answer(wire_webhooks.EndpointBody, description="The endpoint")},
+    responses={
+        200: Answer(wire_webhooks.EndpointBody, description="The endpoint"),
+        400: WRONG,
+    },
 )
 async def read(context: Given, caller: Caller, endpoint_id: EndpointId) -> Response[bytes]:
     require_everything(caller, _MANAGE)
@@ -126,7 +154,7 @@ async def read(context: Given, caller: Caller, endpoint_id: EndpointId) -> Respo
     status_code=200,
     responses={
         200: Answer(wire_webhooks.EndpointBody, description="The endpoint, changed"),
-        400: Answer(ErrorBody, description="Something is wrong with the request"),
+        400: WRONG,
     },
 )
 async def change(
@@ -160,7 +188,10 @@ async def change(
     summary="Delete a webhook endpoint",
     description="What waits to be sent to it is given up; what was sent stays on record.",
     status_code=200,
-    responses={200: Answer(wire_webhooks.EndpointDeleted, description="It is gone")},
+    responses={
+        200: Answer(wire_webhooks.EndpointDeleted, description="It is gone"),
+        400: WRONG,
+    },
 )
 async def remove(context: Given, caller: Caller, endpoint_id: EndpointId) -> Response[bytes]:
     require_everything(caller, _MANAGE)
@@ -177,7 +208,10 @@ async def remove(context: Given, caller: Caller, endpoint_id: EndpointId) -> Res
     summary="Give a webhook endpoint a new secret",
     description="With keep_old_secret_active_for_24_hours messages carry both signatures for a day.",
     status_code=200,
-    responses={200: Answer(wire_webhooks.EndpointBody, description="The endpoint and its secret")},
+    responses={
+        200: Answer(wire_webhooks.EndpointBody, description="The endpoint and its secret"),
+        400: WRONG,
+    },
 )
 async def rotate_secret(
     request: AnyRequest, context: Given, caller: Caller, endpoint_id: EndpointId
@@ -204,7 +238,7 @@ async def rotate_secret(
     status_code=200,
     responses={
         200: Answer(wire_webhooks.EndpointTested, description="What the receiver answered"),
-        400: Answer(ErrorBody, description="There was no answer"),
+        400: Answer(ErrorAnswer, description="There was no answer"),
     },
 )
 async def test(
@@ -217,7 +251,14 @@ async def test(
     async with context.db.connection() as conn:
         found = await _found(conn, caller, endpoint_id)
         now = await batches.clock(conn)
-    known = webhooks.open_(context.keyring, found)
+    try:
+        known = webhooks.open_(context.keyring, found)
+    except SecretError as error:
+        log.warning("secret.unreadable", endpoint=found.endpoint_id, reason=str(error))
+        raise RequestError(
+            "The endpoint's secret cannot be opened any more; give it a new one (rotate_secret).",
+            code="SECRET_UNREADABLE",
+        ) from None
     event_id = f"evt_{uuid7().hex}"
     courier = Courier(
         guard=context.settings.callback_guard,
@@ -254,7 +295,7 @@ async def test(
     "/webhook_event_types",
     action="webhook-endpoint:list",
     summary="List the types of webhook events",
-    responses={200: Answer(wire_webhooks.EventTypes, description="The types")},
+    responses={200: Answer(wire_webhooks.EventTypes, description="The types"), 400: WRONG},
 )
 async def event_types(caller: Caller) -> Response[bytes]:
     del caller  # any key may read this
@@ -308,14 +349,14 @@ def _in_openai_shape(handler: Handler) -> Handler:
         kind = "server_error" if status >= _INTERNAL else "invalid_request_error"
         problems = told.details.get("errors")
         first = cast("list[dict[str, str]]", problems)[0] if problems else {}
-        body = {
-            "error": {
-                "message": told.errorMessage,
-                "type": _TYPES.get(status, kind),
-                "param": first.get("path"),
-                "code": told.errorCode.lower(),
-            }
-        }
+        body = ErrorAnswer(
+            error=ErrorObject(
+                message=told.errorMessage,
+                type=_TYPES.get(status, kind),
+                param=first.get("path"),
+                code=told.errorCode.lower(),
+            )
+        )
         return Response(
             wire.encode(body),
             status_code=status,

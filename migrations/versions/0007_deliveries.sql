@@ -24,7 +24,7 @@ create table endpoints (
     updated_at timestamptz not null default now(),
     constraint endpoints_pkey primary key (workspace_id, endpoint_id),
     constraint endpoints_environment_fkey foreign key (workspace_id, environment_id)
-        references environments,
+        references environments on delete cascade,
     constraint endpoints_batch_fkey foreign key (workspace_id, batch_id) references batches
         on delete cascade,
     constraint endpoints_of_a_batch_has_its_id check

@@ -18,7 +18,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from app import api_keys, migrate
+from app import api_keys, migrate, webhooks
 from tests.api.conftest import Json, Service
 
 #: Requests per route and kind; all of it stays well below a minute.
@@ -116,10 +116,23 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
     lone_service: Service,
 ) -> None:
     told = await document(lone_service)
+    # Refused before anything is connected to, so that no sample leaves this machine.
+    hook, _ = webhooks.standing(
+        lone_service.keyring,
+        workspace_id=lone_service.environment.workspace_id,
+        environment_id=lone_service.environment.environment_id,
+        name="ends",
+        url="https://127.0.0.1/",
+        event_types=["batch.completed"],
+    )
+    async with lone_service.db.transaction() as conn:
+        await webhooks.add(conn, hook)
     ended = await lone_service.create("a", "b", metadata={"team": "search"})
     one, two = await lone_service.claim()
     await lone_service.settle([one])
     await lone_service.fail([two])
+    deliveries = f"{lone_service.batches}/{ended['batchId']}/deliveries"
+    (delivery,) = (await lone_service.get(deliveries))["data"]
     waiting = await lone_service.create("c", capacity=[{"period": "minute", "requests": 5}])
     cancelled = await lone_service.create("d")
     await lone_service.http.post(f"{lone_service.batches}/{cancelled['batchId']}/cancel")
@@ -144,6 +157,8 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
         "resourceId": [str(lone_service.resource_id)],
         "apiKeyId": [str(other)],
         "userId": [str(other)],  # there are none where no issuer is configured
+        "deliveryId": [delivery["deliveryId"]],
+        "webhookEndpointId": [f"whe_{hook.endpoint_id.hex}"],
     }
     walk = Walk(lone_service.url, lone_service.key, told, ids, ended["batchId"])
     await asyncio.to_thread(walk.all)
@@ -180,5 +195,7 @@ async def test_every_operation_documents_its_refusals(service: Service) -> None:
             assert expected <= responses.keys(), f"{method} {path}"
             for status in expected:
                 schema = responses[status]["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+                is_openais = path.startswith("/v1/webhook_")
+                shape = "ErrorAnswer" if is_openais else "ErrorBody"
+                assert schema == {"$ref": f"#/components/schemas/{shape}"}
             assert "retry-after" in responses["503"]["headers"]
