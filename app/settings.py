@@ -107,6 +107,9 @@ class Settings(BaseModel):
     default_timeout_ms: int = Field(
         default=300_000, ge=100, description="one provider call, where nothing else is said"
     )
+    probe_timeout_s: float = Field(
+        default=20.0, gt=0, le=600, description="longest test call of a connection or resource"
+    )
     ledger_keep_hours: int = Field(default=48, ge=2, description="how long ledger slots are kept")
     sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
     sse_recheck_s: float = Field(

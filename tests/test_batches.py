@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import batches, tenants
+from app import batches, resources
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.db import Connection, Database
 from app.errors import ConflictError, ValidationError
@@ -71,7 +71,7 @@ async def ingest(
         resource_id: found
         for resource_id in scene.resource_ids
         if (
-            found := await tenants.resource(
+            found := await resources.get(
                 conn,
                 workspace_id=scene.workspace_id,
                 environment_id=scene.environment_id,

@@ -11,7 +11,7 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, errors, health, tenants
+from app.api import batches, connections, errors, health, resources, tenants
 from app.api.context import Context
 from app.api.documentation import documentation
 from app.api.streams import Hub
@@ -68,7 +68,15 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
     prefix = f"/{base}" if base else ""
     return Litestar(
         route_handlers=[
-            Router(prefix or "/", route_handlers=[batches.router, tenants.router]),
+            Router(
+                prefix or "/",
+                route_handlers=[
+                    batches.router,
+                    connections.router,
+                    resources.router,
+                    tenants.router,
+                ],
+            ),
             health.router,
         ],
         lifespan=[running],

@@ -640,7 +640,10 @@ async def _visible(conn: Connection, key: ApiKey, rows: Sequence[Batch]) -> list
     if "*" in key.resources or not rows:
         return list(rows)
     used = await batches.resource_ids_of(
-        conn, workspace_id=key.workspace_id, batch_ids=[row.batch_id for row in rows]
+        conn,
+        workspace_id=key.workspace_id,
+        batch_ids=[row.batch_id for row in rows],
+        reader_id=key.api_key_id,
     )
     return [row for row in rows if all(key.may_use(r) for r in used.get(row.batch_id, ()))]
 

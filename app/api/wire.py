@@ -3,9 +3,10 @@
 Answers are msgspec structs: one page may hold a thousand items. A request's body and a provider's
 reply are embedded as they were stored, to the letter: key order, numbers and escapes stay. What
 strangers send is pydantic's to validate. Names are camelCase, states upper case, times RFC 3339 in
-UTC with milliseconds. Each noun has a module of its own: wire_capacity, wire_tenants, wire_batches.
+UTC with milliseconds. Each noun has a module of its own, such as wire_capacity and wire_batches.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar, cast
 
@@ -130,6 +131,34 @@ def problems_of(error: PydanticError) -> list[Problem]:
     return found
 
 
+def _is_same(given: object, shown: object) -> bool:
+    match given, shown:
+        case dict(), dict():
+            known = cast("Json", shown)
+            return all(_is_same(v, known.get(k)) for k, v in cast("Json", given).items())
+        case str(), _ if is_masked(given):
+            return shown in (None, MASK)
+        case _:
+            return given == shown or (not given and not shown)
+
+
+def is_masked(value: object) -> bool:
+    """Whether a value is what a secret is shown as: then the secret stays."""
+    return isinstance(value, str) and value.startswith(MASK[:4])
+
+
+def require_fixed(names: Sequence[str], given: Json, shown: Answer) -> None:
+    """Refuse a change of what cannot be changed; sent as it is shown, it is no change."""
+    known = cast("Json", msgspec.to_builtins(shown))
+    problems = [
+        Problem(path=name, message="cannot be changed; leave it out")
+        for name in names
+        if name in given and not _is_same(given[name], known.get(name))
+    ]
+    if problems:
+        raise ValidationError(problems)
+
+
 def object_of(body: bytes) -> Json:
     """A body that is a JSON object. Raises ValidationError."""
     try:
@@ -141,12 +170,17 @@ def object_of(body: bytes) -> Json:
     return cast("Json", given)
 
 
-def changes(model: type[Change], given: Json) -> Change:
-    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+def validated(model: type[Change], given: Json) -> Change:
+    """What a body says. Raises ValidationError."""
     try:
-        wanted = model.model_validate(given)
+        return model.model_validate(given)
     except PydanticError as error:
         raise ValidationError(problems_of(error)) from None
+
+
+def changes(model: type[Change], given: Json) -> Change:
+    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+    wanted = validated(model, given)
     if not wanted.model_fields_set:
         *most, last = (field.alias or name for name, field in model.model_fields.items())
         raise ValidationError(

@@ -6,7 +6,7 @@
 -- 5 seconds, because every item read every result of the batch.
 
 -- name: items_page
--- Items of a batch from a number on, in order, optionally only those of one status. startedAt of an item that
+-- Items (of the resource that was asked, also where an alternate answers) of a batch from a number on, in order, optionally only those of one status. startedAt of an item that
 -- ended is that of the attempt which decided it.
 with found as materialized (
     select i.workspace_id, i.batch_id, i.seq, i.resource_id, s.status, i.attempt, i.failures, i.input_tokens,
@@ -33,7 +33,10 @@ with found as materialized (
     order by i.seq
     limit %(most)s
 )
-select i.workspace_id, i.batch_id, i.seq, i.resource_id, i.status, i.attempt, i.failures,
+select i.workspace_id, i.batch_id, i.seq, coalesce((
+        select r.owner_id from resources r
+        where r.workspace_id = i.workspace_id and r.resource_id = i.resource_id
+    ), i.resource_id) as resource_id, i.status, i.attempt, i.failures,
     i.input_tokens as estimated_input_tokens, i.visible_at, coalesce(i.claimed_at, a.claimed_at) as claimed_at,
     i.ended_at, i.created_at, q.custom_id, q.request, r.response, r.headers, r.status_code, r.input_tokens,
     r.output_tokens, r.model, r.error_code, r.error_message
@@ -93,7 +96,10 @@ with found as materialized (
         and i.batch_day = %(batch_day)s
         and i.seq = any (%(seqs)s::int[])
 )
-select i.workspace_id, i.batch_id, i.seq, i.resource_id, i.status, i.attempt, i.failures,
+select i.workspace_id, i.batch_id, i.seq, coalesce((
+        select r.owner_id from resources r
+        where r.workspace_id = i.workspace_id and r.resource_id = i.resource_id
+    ), i.resource_id) as resource_id, i.status, i.attempt, i.failures,
     i.input_tokens as estimated_input_tokens, i.visible_at, coalesce(i.claimed_at, a.claimed_at) as claimed_at,
     i.ended_at, i.created_at, q.custom_id, q.request, r.response, r.headers, r.status_code, r.input_tokens,
     r.output_tokens, r.model, r.error_code, r.error_message

@@ -1,4 +1,4 @@
--- Workspaces, environments, connections, resources, api keys, and their limits.
+-- Workspaces, environments, api keys, and the limits of scopes.
 
 -- name: workspace_insert
 -- A new tenant.
@@ -99,143 +99,10 @@ where workspace_id = %(workspace_id)s
     and api_key_id = any (%(api_key_ids)s::uuid[])
 returning api_key_id;
 
--- name: connection_insert
--- A new account at a provider.
-insert into connections (
-    workspace_id, connection_id, environment_id, name, description, provider, base_url, secret_key_id, secret,
-    headers, allowed_models, capacity, timeout_ms, concurrency
-)
-values (
-    %(workspace_id)s, %(connection_id)s, %(environment_id)s, %(name)s, %(description)s, %(provider)s,
-    %(base_url)s, %(secret_key_id)s, %(secret)s, %(headers)s, %(allowed_models)s, %(capacity)s, %(timeout_ms)s, %(concurrency)s
-);
-
--- name: connection_get
--- One connection by id.
-select workspace_id, connection_id, environment_id, name, description, provider, base_url, secret_key_id,
-    secret, headers, allowed_models, capacity, timeout_ms, concurrency, created_at, updated_at
-from connections
-where workspace_id = %(workspace_id)s
-    and environment_id = %(environment_id)s
-    and connection_id = %(connection_id)s;
-
--- name: connection_named
--- One connection by name.
-select workspace_id, connection_id, environment_id, name, description, provider, base_url, secret_key_id,
-    secret, headers, allowed_models, capacity, timeout_ms, concurrency, created_at, updated_at
-from connections
-where workspace_id = %(workspace_id)s and environment_id = %(environment_id)s and name = %(name)s;
-
--- name: connection_set_secret
--- Replace a connection's secret.
-update connections
-set secret_key_id = %(secret_key_id)s, secret = %(secret)s, updated_at = clock_timestamp()
-where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s;
-
--- name: connection_change
--- What people may change of a connection, as it is from now on; workers read their routes anew for updated_at.
-update connections
-set description = %(description)s, headers = %(headers)s, allowed_models = %(allowed_models)s,
-    capacity = %(capacity)s, timeout_ms = %(timeout_ms)s, concurrency = %(concurrency)s,
-    updated_at = clock_timestamp()
-where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s;
-
--- name: resource_insert
--- A new model on a connection.
-insert into resources (
-    workspace_id, resource_id, environment_id, connection_id, name, description, model, default_args, capacity,
-    enforce_capacity, timeout_ms, concurrency, model_scope_id
-)
-values (
-    %(workspace_id)s, %(resource_id)s, %(environment_id)s, %(connection_id)s, %(name)s, %(description)s,
-    %(model)s, %(default_args)s, %(capacity)s, %(enforce_capacity)s, %(timeout_ms)s, %(concurrency)s,
-    %(model_scope_id)s
-);
-
--- name: resource_lock
--- One change of a resource at a time; its limits' mutex is held already.
-select 1 as locked
-from resources
-where workspace_id = %(workspace_id)s and resource_id = %(resource_id)s
-for no key update;
-
--- name: resource_change
--- What people may change of a resource, as it is from now on; workers read its route anew for updated_at.
-update resources
-set description = %(description)s, default_args = %(default_args)s, capacity = %(capacity)s,
-    enforce_capacity = %(enforce_capacity)s, timeout_ms = %(timeout_ms)s, concurrency = %(concurrency)s,
-    updated_at = clock_timestamp()
-where workspace_id = %(workspace_id)s and resource_id = %(resource_id)s;
-
--- name: resource_set_timeout
--- Change how long one call may take; null: as long as the connection says.
-update resources
-set timeout_ms = %(timeout_ms)s, updated_at = clock_timestamp()
-where workspace_id = %(workspace_id)s
-    and resource_id = %(resource_id)s
-    and timeout_ms is distinct from %(timeout_ms)s;
-
--- name: resource_state_insert
--- What will be learned about a resource.
-insert into resource_states (workspace_id, resource_id) values (%(workspace_id)s, %(resource_id)s);
-
 -- name: scope_state_insert
 -- What will be learned about a connection, or a model on it.
 insert into scope_states (workspace_id, scope_id) values (%(workspace_id)s, %(scope_id)s)
 on conflict do nothing;
-
--- name: model_scope
--- The scope of a model that resources of a connection name already.
-select model_scope_id
-from resources
-where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s and model = %(model)s
-limit 1;
-
--- name: connection_lock
--- One resource at a time is made on a connection, so that those of one model find each other; and one change of it
--- at a time, with its limits' mutex held already.
-select 1 as locked
-from connections
-where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s
-for no key update;
-
--- name: resource_get
--- One resource by id, with its connection's name and the smallest token limit that its items must fit.
-select r.workspace_id, r.resource_id, r.environment_id, r.connection_id, r.name, r.description, r.model,
-    r.default_args, r.capacity, r.enforce_capacity, r.timeout_ms, r.concurrency, r.created_at, r.updated_at,
-    c.provider, (
-        select least(min(l.tokens), min(l.input_tokens))
-        from limits_in_force(
-            r.workspace_id, array[r.resource_id, r.connection_id, r.model_scope_id], clock()
-        ) l
-    ) as most_tokens
-from resources r
-join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
-where r.workspace_id = %(workspace_id)s
-    and r.environment_id = %(environment_id)s
-    and r.resource_id = %(resource_id)s;
-
--- name: resource_named
--- The same by name.
-select r.workspace_id, r.resource_id, r.environment_id, r.connection_id, r.name, r.description, r.model,
-    r.default_args, r.capacity, r.enforce_capacity, r.timeout_ms, r.concurrency, r.created_at, r.updated_at,
-    c.provider, (
-        select least(min(l.tokens), min(l.input_tokens))
-        from limits_in_force(
-            r.workspace_id, array[r.resource_id, r.connection_id, r.model_scope_id], clock()
-        ) l
-    ) as most_tokens
-from resources r
-join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
-where r.workspace_id = %(workspace_id)s and r.environment_id = %(environment_id)s and r.name = %(name)s;
-
--- name: resource_route
--- Where a resource's calls go and how: what a worker needs to call.
-select r.resource_id, r.connection_id, r.model, r.default_args, c.base_url, c.secret_key_id, c.secret, c.headers,
-    coalesce(r.timeout_ms, c.timeout_ms) as timeout_ms, greatest(r.updated_at, c.updated_at) as config_at
-from resources r
-join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
-where r.workspace_id = %(workspace_id)s and r.resource_id = %(resource_id)s;
 
 -- name: scope_insert
 -- The mutex of something that may have limits.
@@ -383,3 +250,17 @@ cross join lateral (
         )
 ) used
 order by l.scope_id, l.limit_id;
+
+-- name: api_keys_disallow
+-- Strip resources that are being deleted from the allowlists of keys. Locks the keys in order.
+with held as (
+    select k.workspace_id, k.api_key_id
+    from api_keys k
+    where k.workspace_id = %(workspace_id)s and k.resources && %(resources)s::text[]
+    order by k.api_key_id
+    for no key update
+)
+update api_keys k
+set resources = array(select r from unnest(k.resources) r where r <> all (%(resources)s::text[]))
+from held h
+where k.workspace_id = h.workspace_id and k.api_key_id = h.api_key_id;

@@ -6,7 +6,7 @@ from uuid import UUID
 import httpx
 from litestar.routes import HTTPRoute
 
-from app import tenants
+from app import resources, tenants
 from app.ids import item_id, uuid7
 from app.tenants import Environment
 from tests.api.conftest import Service
@@ -167,7 +167,7 @@ async def test_the_use_of_a_key_is_noted(service: Service) -> None:
 
 async def second_resource(service: Service) -> UUID:
     async with service.db.transaction() as conn:
-        return await tenants.create_resource(
+        return await resources.create(
             conn,
             workspace_id=service.environment.workspace_id,
             environment_id=service.environment.environment_id,
