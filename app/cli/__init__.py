@@ -6,7 +6,8 @@
     batches      look at and end batches of a server              batches, client
     demo         three hundred tickets and a simulated provider   demo
     simulate     that provider by itself                          simulate
-    migrate, doctor, explain, db                                  upkeep
+    connections, resources   a server's accounts and models       connections, client
+    migrate, secrets, doctor, explain, db                         upkeep
     (all)        the database and keys that the settings name     store
     (all)        event loop and signals                           processes
 
@@ -39,7 +40,10 @@ _MODULES: Final[Mapping[str, str]] = MappingProxyType(
         "serve": "up",
         "worker": "workers",
         "batches": "batches",
+        "connections": "connections",
+        "resources": "connections",
         "migrate": "upkeep",
+        "secrets": "upkeep",
         "doctor": "upkeep",
         "simulate": "simulate",
         "db": "upkeep",

@@ -15,14 +15,16 @@ from app.errors import UsageError
 _NAME_WIDTH = 30
 
 
-def _with_server(command: Callable[..., None]) -> Callable[..., None]:
+def with_server(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which server and which key."""
     command = click.option("--key", help="The server's API key.  [default: that of `sluice up`]")(
         command
     )
     return click.option("--server", help="The server.  [default: http://127.0.0.1:8080]")(command)
 
 
-def _server(url: str | None, key: str | None) -> Server:
+def server_of(url: str | None, key: str | None) -> Server:
+    """The server that a command's options name."""
     known = settings.load()
     log_for_person(known)
     return Server.of(known, url, key)
@@ -34,11 +36,11 @@ def batches() -> None:
 
 
 @batches.command("list")
-@_with_server
+@with_server
 @click.option("--most", type=click.IntRange(1, 100), default=20, show_default=True)
 def list_batches(server: str | None, key: str | None, most: int) -> None:
     """List the newest batches."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         found = known.batches(most=most)
     if not found:
         click.echo("There are no batches yet.")
@@ -57,43 +59,43 @@ def list_batches(server: str | None, key: str | None, most: int) -> None:
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def show(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Show one batch."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.batch(batch_id))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def cancel(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Cancel a batch: nothing of it is sent any more, calls in flight are let finish."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.cancel(batch_id))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def pause(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Pause a batch: nothing of it is begun, calls in flight are let finish."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.pause(batch_id))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def resume(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Let a paused batch go on."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.resume(batch_id))
 
 
 @batches.command("set")
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 @click.option("--priority", type=click.IntRange(-100, 100), help="Higher goes first.")
 @click.option(
@@ -125,19 +127,19 @@ def set_batch(
         change["expiresAt" if "T" in expires else "completionWindow"] = expires
     if not change:
         raise UsageError("Nothing to change; give --priority, --weight or --expires.")
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.change(batch_id, change))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def watch(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Follow a batch until it is finished; Ctrl-C stops watching, not the batch.
 
     Exit code 0: every item was answered, 1: not.
     """
-    with _server(server, key) as known, Progress() as view:
+    with server_of(server, key) as known, Progress() as view:
         batch = known.watch(batch_id, view, clock=time.monotonic)
     _tell(batch)
     raise SystemExit(0 if batch.completed == batch.total_items else 1)
