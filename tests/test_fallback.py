@@ -13,6 +13,7 @@ from app.capacity import Amount
 from app.queue import Item, Outcome
 from app.resources import FALLBACK_ON, Choices, ModelAt
 from tests.scene import Scene, until_blocked
+from tests.test_worker import bodies, ended, simulator, working
 
 
 @pytest.fixture
@@ -279,3 +280,51 @@ async def test_a_fallback_is_bound_by_its_own_connection(scene: Scene) -> None:
     await scene.limit(requests=1, scope_id=spare_id)
     assert len((await scene.claim(resource=1)).items) == 1
     await scene.check_books()
+
+
+async def test_workers_ask_the_next_model_and_the_books_balance(database: str) -> None:
+    """A key that the first provider refuses, a second that fails for good, a third with Anthropic's words."""
+    async with (
+        simulator(require_key="sk-other") as (_, refusing),
+        simulator(error_rate=1.0) as (_, failing),
+        simulator() as (provider, answering),
+        Scene.open(database, base_url=refusing) as scene,
+    ):
+        await give_fallbacks(scene, 2)
+        for name, kind, url in (
+            ("spare1", "openai-compatible", failing),
+            ("spare2", "anthropic", answering),
+        ):
+            await scene.do(
+                "update connections set provider = %s, base_url = %s where name = %s",
+                kind,
+                url,
+                name,
+            )
+        batch = await scene.submit(bodies(20), max_attempts=2)
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, batch.completed, batch.total_items) == ("completed", 20, 20)
+        assert await totals(scene, batch) == [0, 0, 20]
+        assert provider.report()["answered"] == 20
+        rows = await scene.rows(
+            "select r.model, a.outcome::text, count(*) from attempts a"
+            " join resources r using (workspace_id, resource_id) group by 1, 2 order by 1, 2"
+        )
+        assert rows == [
+            ("gpt-4o-mini", "rejected", 20),
+            ("model-1", "unreachable", 40),
+            ("model-2", "answered", 20),
+        ]
+        await scene.check_books()
+
+
+async def test_a_model_that_is_no_longer_allowed_is_not_called(database: str) -> None:
+    async with simulator() as (provider, url), Scene.open(database, base_url=url) as scene:
+        await scene.do("update connections set allowed_models = '{other}'")
+        batch = await scene.submit(2)
+        async with working(scene, database):
+            batch = await ended(scene, batch)
+        assert (batch.status, provider.report()["received"]) == ("failed", 0)
+        assert {item.error_code for item in await scene.items(batch)} == {"MODEL_NOT_ALLOWED"}
+        await scene.check_books()
