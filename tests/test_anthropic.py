@@ -139,32 +139,32 @@ def test_a_schema_becomes_a_tool_and_its_input_the_answer() -> None:
     assert asked(response_format={"type": "json_object"})["system"]
 
 
-@pytest.mark.parametrize(
-    ("request_", "word"),
-    [
-        ({"n": 2}, "n must be 1"),
-        ({"logprobs": True}, "logprobs"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"functions": [{}]}, "functions"),
-        ({"messages": []}, "messages"),
-        ({"messages": [1]}, r"messages\[0\]"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "system"),
-        ({"messages": [{"role": "function", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "user", "content": 1}]}, "content"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "URL",
-        ),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "["}}]}]},
-            "arguments",
-        ),
-        ({"tools": [{"type": "web_search"}]}, r"tools\[0\]"),
-        ({"tools": [{"type": "function", "function": {}}], "tool_choice": 1}, "tool_choice"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ],
-)
+IMPOSSIBLE: list[tuple[Json, str]] = [
+    ({"n": 2}, "n must be 1"),
+    ({"logprobs": True}, "logprobs"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"functions": [{}]}, "functions"),
+    ({"messages": []}, "messages"),
+    ({"messages": [1]}, r"messages\[0\]"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "system"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "role"),
+    ({"messages": [{"role": "user", "content": 1}]}, "content"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "URL",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "["}}]}]},
+        "arguments",
+    ),
+    ({"tools": [{"type": "web_search"}]}, r"tools\[0\]"),
+    ({"tools": [{"type": "function", "function": {}}], "tool_choice": 1}, "tool_choice"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+]
+
+
+@pytest.mark.parametrize(("request_", "word"), IMPOSSIBLE)
 def test_what_messages_cannot_do_is_refused(request_: Json, word: str) -> None:
     usual = {"messages": [{"role": "user", "content": "Hi"}]}
     with pytest.raises(UntranslatableError, match=word):

@@ -6,7 +6,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.ids import uuid7
-from app.routing import Facts, Json, Rules, Surroundings, decide, parse, without
+from app.routing import Facts, Rules, Surroundings, decide, parse, without
+
+Json = dict[str, Any]
 
 WHERE = "0199d3f2-7c1e-7a52-b6a1-3f4f0c3a9d11"
 THEN = {"model": "large", "connectionId": WHERE}
@@ -106,7 +108,13 @@ def test_groups_combine() -> None:
 
 
 def test_what_is_missing_in_a_request_is_no_mistake() -> None:
-    for request in ({}, {"messages": []}, {"messages": ["x"]}, {"messages": {}, "tools": "x"}):
+    requests: list[Json] = [
+        {},
+        {"messages": []},
+        {"messages": ["x"]},
+        {"messages": {}, "tools": "x"},
+    ]
+    for request in requests:
         for expression, comparator, value in HOLDS:
             takes(is_so(expression, comparator, value), request=request)
 
@@ -197,31 +205,31 @@ def test_rules_that_are_wrong_are_named_by_path(wire: Any, path: str) -> None:  
     assert [problem.path for problem in problems] == [path]
 
 
-@pytest.mark.parametrize(
-    ("condition", "field"),
-    [
-        (is_so("tokens.output", "GT", 1), "expression"),
-        (is_so("request.messages[0]", "EXISTS"), "expression"),
-        (is_so("process.env", "EXISTS"), "expression"),
-        (is_so("metadata.", "EXISTS"), "expression"),
-        (is_so("errorRate(0)", "GT", 1), "expression"),
-        (is_so("errorRate(1441)", "GT", 1), "expression"),
-        (is_so("capacityUsage(second)", "GT", 1), "expression"),
-        (is_so("<%= 1 %>", "EXISTS"), "expression"),
-        (is_so("tokens.input", "MATCHES", "a+"), "comparator"),
-        (is_so("tokens.input", "GT", "1"), "value"),
-        (is_so("tokens.input", "GT", value={}), "value"),
-        (is_so("tokens.input", "CONTAINS", "1"), "value"),
-        (is_so("request.model", "GT", 1), "value"),
-        (is_so("request.model", "EQUAL", 1), "value"),
-        (is_so("request.model", "IN", "a"), "value"),
-        (is_so("request.model", "IN", []), "value"),
-        (is_so("metadata.x", "EQUAL", {}), "value"),
-        (is_so("metadata.x", "CONTAINS", "a" * 2001), "value"),
-        ({"expression": "metadata.x", "comparator": "EQUAL"}, "value"),
-        (is_so("metadata.x", "EXISTS") | {"flags": "i"}, "flags"),
-    ],
-)
+MISTAKEN: list[tuple[Json, str]] = [
+    (is_so("tokens.output", "GT", 1), "expression"),
+    (is_so("request.messages[0]", "EXISTS"), "expression"),
+    (is_so("process.env", "EXISTS"), "expression"),
+    (is_so("metadata.", "EXISTS"), "expression"),
+    (is_so("errorRate(0)", "GT", 1), "expression"),
+    (is_so("errorRate(1441)", "GT", 1), "expression"),
+    (is_so("capacityUsage(second)", "GT", 1), "expression"),
+    (is_so("<%= 1 %>", "EXISTS"), "expression"),
+    (is_so("tokens.input", "MATCHES", "a+"), "comparator"),
+    (is_so("tokens.input", "GT", "1"), "value"),
+    (is_so("tokens.input", "GT", value={}), "value"),
+    (is_so("tokens.input", "CONTAINS", "1"), "value"),
+    (is_so("request.model", "GT", 1), "value"),
+    (is_so("request.model", "EQUAL", 1), "value"),
+    (is_so("request.model", "IN", "a"), "value"),
+    (is_so("request.model", "IN", []), "value"),
+    (is_so("metadata.x", "EQUAL", {}), "value"),
+    (is_so("metadata.x", "CONTAINS", "a" * 2001), "value"),
+    ({"expression": "metadata.x", "comparator": "EQUAL"}, "value"),
+    (is_so("metadata.x", "EXISTS") | {"flags": "i"}, "flags"),
+]
+
+
+@pytest.mark.parametrize(("condition", "field"), MISTAKEN)
 def test_comparisons_that_are_wrong_are_named_by_path(condition: Json, field: str) -> None:
     _, problems = parse({"conditions": [{"if": [condition], "then": THEN}]})
     assert {p.path for p in problems} == {f"routing.conditions[0].if[0].{field}"}

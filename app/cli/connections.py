@@ -142,7 +142,7 @@ def create_connection(
     """Make a connection; its id. The provider's key is never an argument, which others could see."""
     secret: str | None = None
     if ask_key:
-        secret = cast("str", click.prompt("Key", hide_input=True))
+        secret = click.prompt("Key", hide_input=True)
     elif ask_key is None:
         secret = settings.provider_key()
     body: JsonObject = {"name": name, "capacity": _capacity(rpm, tpm)}

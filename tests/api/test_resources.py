@@ -126,7 +126,7 @@ async def test_alternates_are_kept_shown_and_sent_back(service: Service) -> None
             owner_ids=[service.resource_id],
         )
     assert len(alternates) == 3
-    body = {"type": "ASYNC", "items": [{"request": {"messages": []}}]}
+    body: Json = {"type": "ASYNC"}
     for alternate in alternates:
         body["items"] = [service.item("a") | {"resourceId": str(alternate.resource_id)}]
         assert (await service.http.post(service.batches, json=body)).status_code == 404
