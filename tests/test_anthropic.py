@@ -172,7 +172,7 @@ def test_what_messages_cannot_do_is_refused(request_: Json, word: str) -> None:
 
 
 def completion(**message: object) -> Json:
-    usual = {
+    usual: Json = {
         "id": "msg_1",
         "type": "message",
         "role": "assistant",
