@@ -24,7 +24,17 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
-from app import api_keys, batches, doctor, embedded, migrate, settings, tenants
+from app import (
+    api_keys,
+    batches,
+    connections,
+    doctor,
+    embedded,
+    migrate,
+    resources,
+    settings,
+    tenants,
+)
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount
 from app.db import Database
@@ -217,7 +227,7 @@ class Rig:
     async def create_connection(self, name: str, amounts: Sequence[Amount] = ()) -> UUID:
         """An account at the simulator."""
         async with self.db.transaction() as conn:
-            return await tenants.create_connection(
+            return await connections.create(
                 conn,
                 keyring=self._keyring,
                 name=name,
@@ -236,7 +246,7 @@ class Rig:
         if connection_id is None:
             connection_id = await self.create_connection(name)
         async with self.db.transaction() as conn:
-            return await tenants.create_resource(
+            return await resources.create(
                 conn,
                 connection_id=connection_id,
                 name=name,
@@ -262,7 +272,7 @@ class Rig:
         async with self.db.connection() as conn:
             await batches.prepare_day(conn, batch)
         async with self.db.transaction() as conn:
-            resource = await tenants.resource(conn, resource_id=resource_id, **self.ids)
+            resource = await resources.get(conn, resource_id=resource_id, **self.ids)
             assert resource is not None
             ingest = Ingest(conn, batch, {resource_id: resource})
             for start in range(0, len(bodies), 2000):

@@ -39,7 +39,17 @@ from uuid import UUID
 
 import uvloop
 
-from app import api_keys, batches, embedded, migrate, queue, settings, tenants
+from app import (
+    api_keys,
+    batches,
+    connections,
+    embedded,
+    migrate,
+    queue,
+    resources,
+    settings,
+    tenants,
+)
 from app.batches import Ingest, NewBatch, NewItem
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, Ringer
@@ -406,7 +416,7 @@ async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, 
             "workspace_id": tenant.workspace_id,
             "environment_id": tenant.environment_id,
         }
-        connection_id = await tenants.create_connection(
+        connection_id = await connections.create(
             conn,
             keyring=keyring,
             name="none",
@@ -416,7 +426,7 @@ async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, 
             timeout_ms=30_000,
             **ids,
         )
-        resource_id = await tenants.create_resource(
+        resource_id = await resources.create(
             conn, connection_id=connection_id, name="none", model="none", **ids
         )
         _, key = await api_keys.create(conn, name="bench", **ids)
@@ -434,7 +444,7 @@ async def _submit(
     async with db.connection() as conn:
         await batches.prepare_day(conn, batch)
     async with db.transaction() as conn:
-        resource = await tenants.resource(conn, resource_id=resource_id, **ids)
+        resource = await resources.get(conn, resource_id=resource_id, **ids)
         assert resource is not None
         ingest = Ingest(conn, batch, {resource_id: resource})
         await ingest.add([NewItem(resource_id=resource_id, body=_BODY)] * items)

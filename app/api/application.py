@@ -11,7 +11,16 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, errors, health, keys, tenants, usage, workspaces
+from app.api import (
+    batches,
+    connections,
+    errors,
+    health,
+    keys,
+    resources,
+    usage,
+    workspaces,
+)
 from app.api.auth import require_declared
 from app.api.context import Context
 from app.api.documentation import documentation
@@ -77,7 +86,8 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
                 prefix or "/",
                 route_handlers=[
                     batches.router,
-                    tenants.router,
+                    connections.router,
+                    resources.router,
                     keys.router,
                     workspaces.router,
                     usage.router,

@@ -42,7 +42,7 @@ begin
         unmarked = f.pending,
         pending = 0,
         unstarted = 0
-    where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.is_open;
+    where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id;
     update batches b
     set status = 'cancelled', cancelled_at = v_now
     where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
