@@ -62,6 +62,8 @@ class Rig:
         self.workers: list[subprocess.Popen[bytes]] = []
         self.provider = ""
         """The simulator's address, without ``/v1``."""
+        self.committed_at = 0.0
+        """When the last batch was committed, by ``time.perf_counter``."""
         self._simulator: subprocess.Popen[bytes] | None = None
         self._worker_log = worker_log
         # Settings of whoever runs the benchmark would lead the processes elsewhere.
@@ -273,6 +275,7 @@ class Rig:
                     ]
                 )
             await ingest.finish()
+        self.committed_at = time.perf_counter()
         # As the API does. Without the ring an idle worker finds it at its next look, within 5 s.
         ringer = Ringer(self.db)
         ringer.ring(WORK, [resource_id])
