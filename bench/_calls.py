@@ -81,9 +81,7 @@ async def through(
     """
     connection_id = await rig.create_connection(name, AMPLE)
     resource_id = await rig.create_resource(name, AMPLE, connection_id=connection_id)
-    made = [
-        await rig.submit(resource_id, [REQUEST] * (items // batches)) for _ in range(batches)
-    ]
+    made = [await rig.submit(resource_id, [REQUEST] * (items // batches)) for _ in range(batches)]
     rig.workers = []
     before = (http_clients.server_cpu_s(port), postgres_cpu_s(rig))
     begun = time.monotonic()

@@ -13,7 +13,9 @@ from app.db import Connection
 from app.ids import uuid7
 
 _BODY = '{"messages":[{"role":"user","content":"Where is my card?"}],"max_tokens":64}'
-_ANSWER = '{"id":"x","choices":[{"message":{"content":"In the post."}}],"usage":{"prompt_tokens":9}}'
+_ANSWER = (
+    '{"id":"x","choices":[{"message":{"content":"In the post."}}],"usage":{"prompt_tokens":9}}'
+)
 _MOST_ROWS = 200_000
 
 _BATCHES: LiteralString = """

@@ -330,7 +330,9 @@ class Bare:
 Made = TypeVar("Made")
 
 
-async def wal_of(conn: Connection, act: Callable[[Connection], Awaitable[Made]]) -> tuple[Made, int]:
+async def wal_of(
+    conn: Connection, act: Callable[[Connection], Awaitable[Made]]
+) -> tuple[Made, int]:
     """What an action brings, and the bytes of WAL that this backend wrote meanwhile."""
     before = await _wal_written(conn)
     made = await act(conn)
@@ -343,7 +345,9 @@ async def _wal_written(conn: Connection) -> int:
         found = await conn.execute("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')")
     else:
         await conn.execute("select pg_stat_force_next_flush()")
-        found = await conn.execute("select wal_bytes from pg_stat_get_backend_wal(pg_backend_pid())")
+        found = await conn.execute(
+            "select wal_bytes from pg_stat_get_backend_wal(pg_backend_pid())"
+        )
     row = await found.fetchone()
     assert row is not None
     return int(row[0])

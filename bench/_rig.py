@@ -68,7 +68,7 @@ class Rig:
         self._worker_log = worker_log
         # Settings of whoever runs the benchmark would lead the processes elsewhere.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(settings.PREFIX)}  # noqa: TID251 - for the programs it starts
-        self._environment = {
+        self.environment = {
             **inherited,
             "SLUICE_HOME": str(home),
             "SLUICE_LOG_LEVEL": "warning",
@@ -77,7 +77,7 @@ class Rig:
         key = load_or_create_key_file(home / "secret-key")
         self._keyring = Keyring(key)
         if db.url != server.url:
-            self._environment |= {"SLUICE_DATABASE_URL": db.url, "SLUICE_SECRET_KEY": key}
+            self.environment |= {"SLUICE_DATABASE_URL": db.url, "SLUICE_SECRET_KEY": key}
         self._tenant: tenants.Environment | None = None
 
     @classmethod
@@ -124,9 +124,9 @@ class Rig:
         """One more worker process, which the caller keeps in ``workers``."""
         command = [sys.executable, "-m", "app.cli", "worker"]
         if self._worker_log is None:
-            return subprocess.Popen(command, env=self._environment)
+            return subprocess.Popen(command, env=self.environment)
         with self._worker_log.open("ab") as log:
-            return subprocess.Popen(command, env=self._environment, stderr=log)
+            return subprocess.Popen(command, env=self.environment, stderr=log)
 
     async def start_workers(self, number: int) -> None:
         """Start so many and wait until all have begun, so that they compete from the first item."""
@@ -167,7 +167,7 @@ class Rig:
     def _start_simulator(self) -> None:
         command = [sys.executable, "-m", "app.cli", "simulate", "--port", "0", "--seed", "1"]
         process = self._simulator = subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.PIPE
+            command, env=self.environment, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         if select.select([process.stdout], [], [], START_S)[0]:

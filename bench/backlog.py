@@ -15,7 +15,7 @@ from bench._filling import fill
 from bench._queueing import PLANS, Engine
 from bench._rig import Rig
 
-LIMIT_S = 420.0
+LIMIT_S = 240.0
 
 
 async def measure(run: Run) -> Part:
@@ -23,9 +23,7 @@ async def measure(run: Run) -> Part:
     part = Part()
     few, many = run.size(1_000, 300), run.size(100_000, 3_000)
     async with Rig.open(run.home, database="backlog", pool=3) as rig, rig.db.connection() as conn:
-        engines = {
-            items: await Engine.make(rig, name=f"{items}", want=20) for items in (few, many)
-        }
+        engines = {items: await Engine.make(rig, name=f"{items}", want=20) for items in (few, many)}
         for items, engine in engines.items():
             await fill(conn, rig.ids, engine.resource_id, number=10, items=items)
         await conn.execute("vacuum analyze")

@@ -18,8 +18,8 @@ from bench._filling import fill
 from bench._queueing import Drive, Engine, drive
 from bench._rig import Rig
 
-LIMIT_S = 1_200.0
-_CHURN_S = 800.0
+LIMIT_S = 900.0
+_CHURN_S = 600.0
 BATCHES = 4
 
 

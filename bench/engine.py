@@ -33,7 +33,7 @@ from bench._queueing import Bare, Engine, PlainRows, drive
 from bench._rig import Rig, made_anew
 from bench.http_clients import REQUEST
 
-LIMIT_S = 600.0
+LIMIT_S = 420.0
 BATCHES = 4
 SIZES = (10, 50, 100, 250, 500, 1000)
 #: Items per second that a peer may be expected to exceed; it is given ten seconds' worth, at most.
@@ -41,7 +41,9 @@ _PEERS = {"pgqueuer": 20_000, "procrastinate": 1_500, "awa": 20_000, "pgmq": 30_
 _PEER_S = 25.0
 
 
-async def engine_rate(rig: Rig, name: str, items: int, *, want: int = 500, flows: int = BATCHES) -> float:
+async def engine_rate(
+    rig: Rig, name: str, items: int, *, want: int = 500, flows: int = BATCHES
+) -> float:
     """Items per second of new batches."""
     engine = await Engine.make(rig, name=name, want=want)
     for _ in range(flows):

@@ -22,7 +22,7 @@ from bench._filling import fill
 from bench._queueing import PLANS, Engine
 from bench._rig import Rig
 
-LIMIT_S = 420.0
+LIMIT_S = 240.0
 AMOUNTS = [Amount(period="minute", requests=600_000, tokens=10**13)]
 WANT = 500
 ITEMS = 10
@@ -76,7 +76,13 @@ async def _claims_ms(
 
 
 async def _with(
-    rig: Rig, name: str, *, active: int, idle: int, claims: int, becomes: LiteralString | None = None
+    rig: Rig,
+    name: str,
+    *,
+    active: int,
+    idle: int,
+    claims: int,
+    becomes: LiteralString | None = None,
 ) -> list[float]:
     engine = await Engine.make(rig, name=name, want=WANT, amounts=AMOUNTS)
     async with rig.db.connection() as conn:
@@ -102,9 +108,7 @@ async def measure(run: Run) -> Part:
             for number in (10, most // 10, most)
         }
         idle = {
-            name: await _with(
-                rig, name, active=10, idle=most, claims=claims, becomes=becomes
-            )
+            name: await _with(rig, name, active=10, idle=most, claims=claims, becomes=becomes)
             for name, becomes in _IDLE.items()
         }
     ten = centile(active[10], 50)

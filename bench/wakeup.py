@@ -43,9 +43,10 @@ async def measure(run: Run) -> Part:
     _Provider.arrived = asyncio.Queue()
     server = await asyncio.get_running_loop().create_server(_Provider, "127.0.0.1", 0)
     took: list[float] = []
-    async with server, Rig.open(
-        run.home, database="wakeup", worker_log=run.home / "workers.log"
-    ) as rig:
+    async with (
+        server,
+        Rig.open(run.home, database="wakeup", worker_log=run.home / "workers.log") as rig,
+    ):
         rig.provider = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         resource_id = await rig.create_resource("wakeup")
         await rig.start_workers(1)
