@@ -104,7 +104,7 @@ class _Arguments(argparse.Namespace):
 
 
 def _arguments(parts: list[str]) -> _Arguments:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure everything.")
     parser.add_argument("all", nargs="?", choices=["all"], help="is meant without it, too")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")

@@ -8,6 +8,7 @@ to acknowledge many together. The clock runs from the worker's start to the last
 
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportFunctionMemberAccess=false
 # ruff: noqa: PLC0415 - each process loads only the peer it measures
 
 import asyncio

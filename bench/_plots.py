@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a back end
+from matplotlib import pyplot as plt
 
 #: Text stays text, and the same figures give the same file.
 mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sluice", "font.size": 9}

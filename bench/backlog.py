@@ -43,7 +43,7 @@ async def measure(run: Run) -> Part:
                 what=f"claim of 20 with {10 * many:,} pending, {name}",
                 unit="ms",
                 ours=ours,
-                target=f"≤ 1.5 × with {10 * few:,}",
+                target=f"≤ 1.5 times with {10 * few:,}",
                 met=ours <= 1.5 * small,
                 limits={f"with {10 * few:,}": small},
             )

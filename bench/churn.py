@@ -71,7 +71,7 @@ async def measure(run: Run) -> Part:
                 what=f"claim of 500 after {held.items:,} items with a snapshot held, {name}",
                 unit="ms",
                 ours=ours,
-                target="≤ 2 × without",
+                target="≤ 2 times without",
                 met=ours <= 2 * before,
                 limits={"without": before, "first tenth": centile(first, number)},
             )
@@ -80,7 +80,7 @@ async def measure(run: Run) -> Part:
     part.figures.append(
         Figure(
             what="last tenth of the claims against the first, p50",
-            unit="×",
+            unit="times",
             ours=growth,
             target="no growth",
             met=growth <= 1.15,

@@ -40,10 +40,10 @@ async def wal_per_item(rig: Rig, *, want: int, rounds: int, plain: bool) -> tupl
         for _ in range(rounds):
             if plain:
                 taken: Any
-                taken, claimed = await wal_of(conn, lambda c: rows.claim(c))
+                taken, claimed = await wal_of(conn, rows.claim)
                 _, settled = await wal_of(conn, lambda c, some=taken: rows.record(c, some))
             else:
-                taken, claimed = await wal_of(conn, lambda c: engine.claim(c))
+                taken, claimed = await wal_of(conn, engine.claim)
                 _, settled = await wal_of(conn, lambda c, some=taken: engine.record(c, some))
             claims.append(claimed / want)
             settlements.append(settled / want)
@@ -78,7 +78,7 @@ async def measure(run: Run) -> Part:
                         what=f"WAL per item, {want} per commit",
                         unit="bytes",
                         ours=ours,
-                        target="≤ 1.3 × same rows" if want == 500 else "",
+                        target="≤ 1.3 times same rows" if want == 500 else "",
                         met=ratio <= 1.3 if want == 500 else None,
                         limits={"same rows": plain, "payload": float(len(ANSWER))},
                     ),

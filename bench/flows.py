@@ -50,10 +50,14 @@ _IDLE: dict[str, LiteralString] = {
     """,
 }
 _GIVE_BACK: tuple[LiteralString, ...] = (
-    "update flows set pending = pending + running, unstarted = unstarted + running, running = 0, floor = 0"
-    " where resource_id = %(resource)s and running > 0 and not batch_id = any (%(idle)s)",
-    "update items set status = 'pending', attempt = 0, worker_id = null, claimed_at = null, reserved_limits = null"
-    " where resource_id = %(resource)s and status = 'running' and not batch_id = any (%(idle)s)",
+    (
+        "update flows set pending = pending + running, unstarted = unstarted + running, running = 0, floor = 0"
+        " where resource_id = %(resource)s and running > 0 and not batch_id = any (%(idle)s)"
+    ),
+    (
+        "update items set status = 'pending', attempt = 0, worker_id = null, claimed_at = null, reserved_limits = null"
+        " where resource_id = %(resource)s and status = 'running' and not batch_id = any (%(idle)s)"
+    ),
     "delete from ledger",
 )
 

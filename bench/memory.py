@@ -58,7 +58,7 @@ async def _worker(run: Run, part: Part) -> None:
         ),
         Figure(
             what="worker, end of the run against its second fifth",
-            unit="×",
+            unit="times",
             ours=late / early,
             target="no growth",
             met=late <= 1.05 * early,
@@ -94,7 +94,7 @@ async def _api(run: Run, part: Part) -> None:
         ),
         Figure(
             what="API after the fourth large request against after the first",
-            unit="×",
+            unit="times",
             ours=held[-1] / held[0],
             target="no growth",
             met=held[-1] <= 1.05 * held[0],
