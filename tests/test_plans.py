@@ -8,6 +8,7 @@ from typing import Any
 
 from app.db import Connection, NoRow, Query
 from app.ids import created_on
+from app.queue import Outcome
 from bench._filling import fill
 from tests.scene import Scene
 
@@ -124,6 +125,24 @@ async def test_a_claim_finds_its_candidates_by_their_index(database: str) -> Non
             assert len(claim.items) == CLAIM
             assert (await _read(scene))[0] == scanned
             assert CLAIM <= await _entries(scene, "items_first") - entries <= 4 * (CLAIM + 1)
+
+
+async def test_a_claim_does_not_read_what_others_wait_to_retry(database: str) -> None:
+    """Whether a flow has a due retry is one probe, not a hash of all that anybody is to try again."""
+    async with Scene.open(database, pool=2) as scene, scene.db.connection() as conn:
+        other = await Scene.make(scene.db)
+        ids = {"workspace_id": other.workspace_id, "environment_id": other.environment_id}
+        await fill(conn, ids, other.resource_id, number=2, items=2000)
+        await conn.execute("update items set attempt = 1, failures = 1")
+        await conn.execute("update flows set unstarted = 0")
+        ours = [await scene.submit(1) for _ in range(20)]
+        claimed = await scene.claim(20)
+        await scene.settle(claimed.items, Outcome.unreachable, wait_s=0)
+        await conn.execute("analyze")
+        entries = await _entries(scene, "items_again")
+        again = await scene.claim(20)
+        assert {item.batch_id for item in again.items} == {batch.batch_id for batch in ours}
+        assert await _entries(scene, "items_again") - entries < 200
 
 
 async def _plan(
