@@ -199,7 +199,8 @@ def publish() -> None:
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     table = (RESULTS / "table.md").read_text(encoding="utf-8")
-    page.write_text(f"{before}{_BEGIN}{table}{_END}{after}", encoding="utf-8")
+    plots = "\n".join(f"![{plot.stem}]({plot.name})" for plot in sorted(RESULTS.glob("*.svg")))
+    page.write_text(f"{before}{_BEGIN}{table}\n{plots}\n{_END}{after}", encoding="utf-8")
 
 
 def main() -> None:

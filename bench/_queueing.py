@@ -54,7 +54,10 @@ PLANS = "set enable_seqscan = off; set enable_hashjoin = off; set enable_mergejo
 
 
 async def drive(url: str, claim: Claimer, record: Recorder, *, most: int | None = None) -> Drive:
-    """Claim on one connection, record on another, until nothing or ``most`` items were claimed."""
+    """Claim on one connection, record on another, until nothing or ``most`` items were claimed.
+
+    A first claim and its recording come before the clock: a worker's connections have planned their statements.
+    """
     done = Drive()
     handed: asyncio.Queue[list[Any] | None] = asyncio.Queue(2)
     async with (
@@ -70,6 +73,7 @@ async def drive(url: str, claim: Claimer, record: Recorder, *, most: int | None 
                 done.items += len(some)
                 done.marks.append((done.items, time.perf_counter() - begun))
 
+        await record(recording, await claim(claiming))
         begun = time.perf_counter()
         writing = asyncio.create_task(recorder())
         claimed = 0
