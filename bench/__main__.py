@@ -116,7 +116,7 @@ def _arguments(parts: list[str]) -> _Arguments:
 
 def run_part(name: str, home: Path, *, quick: bool, python: Path | None) -> Part:
     """A part in a process of its own; what it could not measure is a note."""
-    limit_s = cast("float", importlib.import_module(f"bench.{name}").LIMIT_S)
+    limit_s = cast("float", getattr(importlib.import_module(f"bench.{name}"), "LIMIT_S", 180.0))
     result = home / f"{name}.json"
     command: list[str | Path] = [sys.executable, "-m", "bench", name, "--home", home]
     command += ["--json", result, *(["--quick"] if quick else [])]
@@ -153,7 +153,8 @@ def run_all(given: _Arguments) -> bool:
     """Measure, print, write; whether every part ended."""
     begun = time.monotonic()
     python = peers_python() if given.peers else None
-    RESULTS.mkdir(exist_ok=True)
+    shutil.rmtree(RESULTS, ignore_errors=True)  # plots of another run would look like this one's
+    RESULTS.mkdir()
     measured: dict[str, Part] = {}
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
         home = Path(folder)

@@ -37,11 +37,18 @@ STOP_S = 60.0
 
 def made_anew(url: str, name: str) -> str:
     """The address of an empty database of that name on the same server."""
+    drop(url, name)
     with psycopg.connect(url, autocommit=True) as conn:
-        known = sql.Identifier(name)
-        conn.execute(sql.SQL("drop database if exists {} with (force)").format(known))
-        conn.execute(sql.SQL("create database {}").format(known))
+        conn.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def drop(url: str, name: str) -> None:
+    """Make sure that the server has no database of that name, which costs the next part disk and autovacuum."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute(
+            sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+        )
 
 
 class Rig:
@@ -115,6 +122,8 @@ class Rig:
                     yield rig
                 finally:
                     rig._kill()
+            if database is not None:
+                drop(server.url, database)
         finally:
             server.release()
 

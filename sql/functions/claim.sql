@@ -198,7 +198,7 @@ begin
         ) w
     ),
     due as materialized (
-        select f.batch_id, f.priority,
+        select f.ctid as version, f.batch_id, f.priority,
             case when f.waits_for is null then f.virtual_time else greatest(f.virtual_time, (
                 select w.entry from waited w where w.priority = f.priority
             )) end as virtual_time
@@ -248,13 +248,10 @@ begin
         order by r.priority desc, r.virtual_time, r.batch_id)
     into v_flows
     from (
-        select p_workspace_id as workspace_id, p_resource_id as resource_id, ranked.*,
-            count(*) over (partition by ranked.priority)::int as flows
-        from ranked
+        select ranked.*, count(*) over (partition by ranked.priority)::int as flows from ranked
     ) r
-    join flows f on f.workspace_id = r.workspace_id
-        and f.batch_id = r.batch_id
-        and f.resource_id = r.resource_id
+    -- The same snapshot sees the same version: no second walk through those that a held snapshot keeps.
+    join flows f on f.ctid = r.version
     where v_blocked_until <= v_now;
 
     -- 3. The mutexes of the flows' own limits; what another claim holds is left out of this round.
