@@ -17,7 +17,7 @@ from uuid import UUID
 import psycopg
 
 from app import queue
-from app.batches import NewBatch
+from app.batches import Batch, NewBatch
 from app.capacity import Amount
 from app.db import Connection
 from app.ids import uuid7
@@ -243,7 +243,7 @@ where i.workspace_id = g.workspace_id and i.batch_day = %(batch_day)s and i.batc
 class PlainRows:
     """The rows of a batch as the engine writes them, but no ledger, no flows, no limits, no order."""
 
-    batch: NewBatch
+    batch: NewBatch | Batch
     engine: Engine
     floor: int = 0
 
