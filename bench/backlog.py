@@ -15,7 +15,7 @@ from bench._filling import fill
 from bench._queueing import PLANS, Engine
 from bench._rig import Rig
 
-LIMIT_S = 240.0
+LIMIT_S = 210.0
 
 
 async def measure(run: Run) -> Part:

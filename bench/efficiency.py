@@ -23,7 +23,7 @@ from bench._queueing import Engine, PlainRows, wal_of
 from bench._rig import Rig
 from bench.http_clients import ANSWER, REQUEST
 
-LIMIT_S = 120.0
+LIMIT_S = 90.0
 #: begin, the call, commit.
 STATEMENTS = 3
 HOT = ("flows", "batches", "ledger", "resource_states", "scope_states", "ready", "items%")

@@ -106,7 +106,7 @@ async def measure(run: Run) -> Part:
                 except (RuntimeError, subprocess.TimeoutExpired) as error:
                     part.notes.append(f"{name} was left out: {error}")
         by_size = [
-            (float(want), await engine_rate(rig, f"by {want}", run.size(100, 4) * want, want=want))
+            (float(want), await engine_rate(rig, f"by {want}", run.size(40, 4) * want, want=want))
             for want in (SIZES if not run.quick else SIZES[1::3])
         ]
         by_flows = [

@@ -22,7 +22,7 @@ from bench._filling import fill
 from bench._queueing import PLANS, Engine
 from bench._rig import Rig
 
-LIMIT_S = 240.0
+LIMIT_S = 210.0
 AMOUNTS = [Amount(period="minute", requests=600_000, tokens=10**13)]
 WANT = 500
 ITEMS = 10

@@ -22,7 +22,7 @@ from bench._figures import Figure, Part, Run
 from bench._rig import Rig
 from bench.http_clients import REQUEST
 
-LIMIT_S = 180.0
+LIMIT_S = 150.0
 
 
 def requests(number: int) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from bench._figures import Figure, Part, Run
 from bench._rig import Rig
 from bench.ingest import body, created
 
-LIMIT_S = 300.0
+LIMIT_S = 270.0
 
 
 class _Watch(threading.Thread):

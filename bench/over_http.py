@@ -14,7 +14,7 @@ from bench import _calls, _figures, http_clients
 from bench._figures import Figure, Part, Run
 from bench._rig import Rig
 
-LIMIT_S = 240.0
+LIMIT_S = 180.0
 LATENCY_MS = 200
 
 

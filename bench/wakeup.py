@@ -15,7 +15,7 @@ from bench._figures import Figure, Part, Run, centile
 from bench._rig import Rig
 from bench.http_clients import ANSWER, REQUEST
 
-LIMIT_S = 180.0
+LIMIT_S = 120.0
 
 
 class _Provider(asyncio.Protocol):
@@ -50,7 +50,7 @@ async def measure(run: Run) -> Part:
         rig.provider = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         resource_id = await rig.create_resource("wakeup")
         await rig.start_workers(1)
-        for turn in range(run.size(200, 20) + 3):
+        for turn in range(run.size(100, 20) + 3):
             batch = await rig.submit(resource_id, [REQUEST])
             at = await asyncio.wait_for(_Provider.arrived.get(), 30)
             if turn >= 3:

@@ -13,7 +13,7 @@ from bench import _calls, _figures
 from bench._figures import Figure, Part, Run
 from bench._rig import Rig
 
-LIMIT_S = 180.0
+LIMIT_S = 150.0
 LATENCY_MS = 50
 
 
