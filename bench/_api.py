@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from app import tenants
+from app import api_keys
 from bench._rig import START_S, Rig
 
 
@@ -84,5 +84,5 @@ def serving(rig: Rig, key: str) -> Generator[Api]:
 async def key_of(rig: Rig) -> str:
     """A key that may do what the part does."""
     async with rig.db.transaction() as conn:
-        _, value = await tenants.create_api_key(conn, name="bench", **rig.ids)
+        _, value = await api_keys.create(conn, name="bench", **rig.ids)
     return value
