@@ -13,6 +13,17 @@ from bench._filling import fill
 from tests.scene import Scene
 
 ITEMS = 4000
+#: What a list of batches may be narrowed by, besides metadata.
+_FILTERS = (
+    "before",
+    "name",
+    "types",
+    "statuses",
+    "created_from",
+    "created_before",
+    "api_key_id",
+    "resource_id",
+)
 CLAIM = 200
 
 
@@ -85,13 +96,13 @@ async def test_status_reads_keep_their_indexes(database: str) -> None:
             (
                 "batches",
                 "batches_page",
-                {"before": None, "status": None},
+                dict.fromkeys(_FILTERS) | {"metadata": "{}"},
                 {"batches_newest", "flows_pkey"},
             ),
             (
                 "items",
-                "items_page",
-                {"from_seq": 500, "status": None},
+                "items_some",
+                {"seqs": list(range(500, 600))},
                 {
                     "batches_pkey",
                     "flows_pkey",
@@ -104,7 +115,9 @@ async def test_status_reads_keep_their_indexes(database: str) -> None:
             ("events", "events_after", {"after": 300}, {"events_pkey"}),
         ):
             used, walked = await _plan(conn, Query(file, name, NoRow).sql, batch | params)
-            assert walked == set(), name
+            # A tenant has few accounts and models.
+            assert walked <= {"connections", "resources"}, name
+            used -= {"connections_pkey", "resources_pkey"}
             # Either index of batches leads to a single row of a known environment.
             assert {*used, "batches_pkey"} - {"batches_newest"} == {*indexes, "batches_pkey"} - {
                 "batches_newest"
