@@ -56,7 +56,10 @@ from app.doorbell import EVENTS, Ringer
 from app.ids import uuid7
 from app.queue import Item, Outcome, Settlement
 from app.secrets import Keyring, load_or_create_key_file
+from bench import _figures
+from bench._figures import Figure, Part, Run
 
+LIMIT_S = 240.0
 START_S = 60.0
 _EVENT = re.compile(rb"id: (\d+)\ndata: ")
 _KEEP = 64  # bytes of a piece that may be the beginning of an event's head
@@ -80,6 +83,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run it once; exit 1 unless every listener got everything once and in order."""
+    if "--home" in sys.argv:  # as a part of all
+        _figures.run("sse", measure)
+        return
     options = arguments().parse_args()
     if options.listen:
         uvloop.run(_listen(**json.loads(options.listen)))
@@ -93,6 +99,30 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
     sys.exit(0 if not figures["gaps or repeats"] and figures["complete"] else 1)
+
+
+async def measure(run: Run) -> Part:
+    """The same as a line of the table; on a Postgres of its own, as its method says."""
+    options = arguments().parse_args(["--quick"] if run.quick else [])
+    if options.quick:
+        options.listeners, options.seconds = 100, 16.0
+    with tempfile.TemporaryDirectory(prefix="sluice-sse-") as home:
+        found = await _Run(options, Path(home)).run()
+    p99 = found.get("commit to client before the kill, p99, ms")
+    ours = float(p99) if isinstance(p99, int | float) else None
+    is_complete = bool(found["complete"]) and not found["gaps or repeats"]
+    return Part(
+        figures=[
+            Figure(
+                what=f"commit to {options.listeners:,} slim listeners at {options.rate:g} items/s, p99",
+                unit="ms",
+                ours=ours,
+                target="< 250, none missed",
+                met=is_complete and ours is not None and ours < 250,
+            )
+        ],
+        notes=[f"sse: {name} {value}" for name, value in found.items()],
+    )
 
 
 # Listeners ----------------------------------------------------------------------------------------

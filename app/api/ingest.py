@@ -95,13 +95,13 @@ class _Message(msgspec.Struct):
 
 
 class _Vmx(msgspec.Struct, rename="camel"):
-    """What ``request.vmx`` may say. The last two are known, and refused with a reason."""
+    """What ``request.vmx`` may say. ``secondary_model_index``: see app.crossroads; the last is refused."""
 
     correlation_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
     metadata: dict[str, str] | None = None
     timeout_ms: Annotated[int, msgspec.Meta(ge=100, le=600_000)] | None = None
     provider_args: dict[str, Any] | None = None
-    secondary_model_index: object = None
+    secondary_model_index: Annotated[int, msgspec.Meta(ge=0)] | None = None
     resource_config_overrides: object = None
 
 
@@ -587,8 +587,6 @@ def _wrong_in_request(raw: bytes) -> Iterator[tuple[str, str]]:
     vmx = request.vmx
     if vmx is None:
         return
-    if vmx.secondary_model_index is not None:
-        yield "request.vmx.secondaryModelIndex", "is not offered; name the other model's resource"
     if vmx.resource_config_overrides:
         yield (
             "request.vmx.resourceConfigOverrides",

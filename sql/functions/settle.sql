@@ -118,6 +118,16 @@ begin
                     j.status_code, j.error_code, j.wait_s)
             end as moves_to
         ) n
+    ),
+    each_one as materialized (
+        select p_workspace_id as workspace_id, ord, max(becomes) as becomes, bool_or(is_held) as is_held,
+            (array_agg(resource_id) filter (where becomes is not null))[1] as resource_id
+        from (
+            select ord, null::work_status as becomes, null::uuid as resource_id, false as is_held from given
+            union all
+            select ord, becomes, resource_id, true from decided
+        ) either
+        group by ord
     )
     select (
             select array_agg(row(ord, p_workspace_id, batch_day, batch_id, resource_id, seq, attempt, status, becomes,
@@ -135,42 +145,23 @@ begin
             where becomes is not null
         ),
         -- By position, so that what follows looks a transition up instead of joining.
+        (select array_agg(becomes order by ord) from each_one),
+        (select array_agg(resource_id order by ord) from each_one),
+        -- Locked by somebody else: to be brought again. (What does not exist any more is not.) Looked up, not
+        -- joined: a nested loop would go through all of them for every one.
         (
-            select array_agg(becomes order by ord)
-            from (
-                select ord, max(becomes) as becomes
-                from (
-                    select ord, null::work_status as becomes from given
-                    union all
-                    select ord, becomes from decided
-                ) either
-                group by ord
-            ) each_one
-        ),
-        (
-            select array_agg(resource_id order by ord)
-            from (
-                select ord, (array_agg(resource_id) filter (where resource_id is not null))[1] as resource_id
-                from (
-                    select ord, null::uuid as resource_id from given
-                    union all
-                    select ord, resource_id from decided where becomes is not null
-                ) either
-                group by ord
-            ) each_one
-        ),
-        -- Locked by somebody else: to be brought again. (What does not exist any more is not.)
-        (
-            select array_agg(s.ord)
-            from (select ord from given except select ord from held) s
-            join given g on g.ord = s.ord
-            where exists (
-                select from items i
-                where i.workspace_id = g.workspace_id
-                    and i.batch_day = g.batch_day
-                    and i.batch_id = g.batch_id
-                    and i.seq = g.seq
-            )
+            select array_agg(e.ord)
+            from each_one e
+            where not e.is_held
+                and (
+                    select true
+                    from items i
+                    where i.workspace_id = e.workspace_id
+                        and i.batch_day = (v_given[e.ord]).batch_day
+                        and i.batch_id = (v_given[e.ord]).batch_id
+                        and i.seq = (v_given[e.ord]).seq
+                    limit 1
+                )
         ),
         exists (
             select from decided
@@ -455,9 +446,12 @@ begin
         join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
         group by l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at)
     ) d
-    where d.is_outside or exists (
-        select from ledger h
+    -- Not exists: beside an or it may be hashed, and then reads every slot of the workspace.
+    where d.is_outside or (
+        select true
+        from ledger h
         where h.workspace_id = d.workspace_id and h.limit_id = d.limit_id and h.slot_at = d.slot_at
+        limit 1
     )
     order by d.limit_id, d.slot_at
     on conflict on constraint ledger_pkey do update
@@ -739,8 +733,10 @@ as $$
     cross join lateral (
         select f.waits_for is null and (
             f.unstarted > 0
-            or f.pending > 0 and exists (
-                select from items i
+            -- Not exists: see the same in claim.
+            or f.pending > 0 and coalesce((
+                select true
+                from items i
                 where i.workspace_id = f.workspace_id
                     and i.batch_day = f.batch_day
                     and i.batch_id = f.batch_id
@@ -748,7 +744,8 @@ as $$
                     and i.status = 'pending'
                     and i.attempt > 0
                     and i.visible_at <= clock_timestamp()
-            )
+                limit 1
+            ), false)
         ) as is_next
     ) n
     where f.workspace_id = p_workspace_id
