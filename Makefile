@@ -49,7 +49,7 @@ test: $(READY) ## all tests, concurrency and chaos included (ARGS='-k claim')
 test-16: $(READY) ## the same on Postgres 16
 	@SLUICE_TEST_POSTGRES=16 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-bench: $(READY) ## list the benchmarks, or run one (ARGS='http_clients --rounds 1')
+bench: $(READY) ## measure everything (ARGS=--quick; =--list; ='churn --quick': one alone)
 	@$(BIN)/python -m bench $(ARGS)
 
 db: $(READY) ## a throw-away Postgres to play in

@@ -67,6 +67,11 @@ class _Found:
     found: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyId:
+    api_key_id: UUID
+
+
 _any = Query("api_keys", "api_key_any", _Found)
 _insert = Query("api_keys", "api_key_insert", NoRow)
 _by_hash = Query("api_keys", "api_key_by_hash", _Opened)
@@ -77,6 +82,8 @@ _change = Query("api_keys", "api_key_change", NoRow)
 _rotate = Query("api_keys", "api_key_rotate", NoRow)
 _delete = Query("api_keys", "api_key_delete", NoRow)
 _used = Query("api_keys", "api_key_used", NoRow)
+_allow = Query("api_keys", "api_key_allow", _KeyId)
+_disallow = Query("api_keys", "api_keys_disallow", NoRow)
 
 
 async def create(
@@ -260,3 +267,29 @@ async def delete(
 async def note_used(conn: Connection, *, workspace_id: UUID, api_key_id: UUID) -> None:
     """Keep a key's last use, to the minute."""
     await _used.run(conn, workspace_id=workspace_id, api_key_id=api_key_id)
+
+
+async def allow(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    environment_id: UUID,
+    resource_id: UUID,
+    api_key_ids: Sequence[UUID],
+) -> list[UUID]:
+    """Let keys use a resource; the keys of this environment among those given."""
+    rows = await _allow.all(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        resource=str(resource_id),
+        api_key_ids=list(api_key_ids),
+    )
+    return [row.api_key_id for row in rows]
+
+
+async def disallow(conn: Connection, *, workspace_id: UUID, resource_ids: Sequence[UUID]) -> None:
+    """Strip resources that are being deleted from the allowlists of keys."""
+    await _disallow.run(
+        conn, workspace_id=workspace_id, resources=[str(each) for each in resource_ids]
+    )

@@ -21,12 +21,13 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from app import capacity, queue, quotas, tokens, webhooks
+from app import capacity, queue, quotas, resources, tokens, webhooks
 from app.capacity import Amount
+from app.crossroads import Crossroads, require_translatable
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError, Problem, ValidationError
 from app.ids import created_on, uuid7
-from app.tenants import Resource
+from app.resources import Resource
 from app.webhooks import NewEndpoint
 
 BatchType = Literal["sync", "async", "callback"]
@@ -329,6 +330,8 @@ class _Scale:
     resources: Mapping[UUID, Resource]
     most_item_bytes: int
     own_bounds: Sequence[tuple[int | None, str]]
+    batch_id: UUID
+    crossroads: Mapping[UUID, Crossroads]
 
     @classmethod
     def of(
@@ -338,6 +341,7 @@ class _Scale:
         *,
         most_item_bytes: int,
         key_amounts: Sequence[Amount],
+        crossroads: Mapping[UUID, Crossroads] | None,
     ) -> "_Scale":
         return cls(
             endpoint=batch.endpoint,
@@ -347,13 +351,25 @@ class _Scale:
                 (capacity.most_input_tokens(batch.amounts), "the batch"),
                 (capacity.most_input_tokens(key_amounts), "the api key"),
             ),
+            batch_id=batch.batch_id,
+            crossroads=crossroads or {},
         )
 
-    def weigh(self, item: NewItem) -> tokens.Estimate:
-        """An item's estimate. Raises ValueError with a sentence about what is wrong."""
+    def weigh(self, item: NewItem, seq: int) -> "_Weighed":
+        """An item's estimate and way. Raises ValueError with a sentence about what is wrong."""
         body = parse_body(item.body, most_bytes=self.most_item_bytes)
         resource = self.resources[item.resource_id]
         estimate = tokens.estimate(self.endpoint, body, model=resource.model)
+        fork = self.crossroads.get(item.resource_id)
+        if fork is not None:
+            resource = fork.choose(
+                resource,
+                body,
+                input_tokens=estimate.input_tokens,
+                batch_id=self.batch_id,
+                seq=seq,
+            )
+        require_translatable(resource, self.endpoint, body)
         bounds = ((resource.most_tokens, f"resource '{resource.name}'"), *self.own_bounds)
         exceeded = next((b for b in bounds if b[0] and estimate.input_tokens > b[0]), None)
         if exceeded is not None:
@@ -362,7 +378,13 @@ class _Scale:
                 f"larger than the limit of {exceeded[0]:,} tokens of {exceeded[1]}; "
                 "shorten it or raise the limit"
             )
-        return estimate
+        return _Weighed(estimate=estimate, resource_id=resource.resource_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weighed:
+    estimate: tokens.Estimate
+    resource_id: UUID
 
 
 class Appraiser:
@@ -379,9 +401,14 @@ class Appraiser:
         most_item_bytes: int,
         key_amounts: Sequence[Amount],
         output_means: Mapping[UUID, float],
+        crossroads: Mapping[UUID, Crossroads] | None = None,
     ) -> None:
         self._scale = _Scale.of(
-            batch, resources, most_item_bytes=most_item_bytes, key_amounts=key_amounts
+            batch,
+            resources,
+            most_item_bytes=most_item_bytes,
+            key_amounts=key_amounts,
+            crossroads=crossroads,
         )
         self._output_means = output_means
         self.found = Appraisal()
@@ -396,16 +423,17 @@ class Appraiser:
             index = found.items
             found.items += 1
             try:
-                estimate = self._scale.weigh(item)
+                weighed = self._scale.weigh(item, index)
             except ValueError as error:
                 found.impossible_items += 1
                 if len(found.impossible) < ValidationError.MOST:
                     found.impossible.append(Impossible(index=index, reason=str(error)))
                 continue
+            estimate = weighed.estimate
             bound = estimate.max_output_tokens
-            mean = self._output_means.get(item.resource_id)
+            mean = self._output_means.get(weighed.resource_id)
             output = mean if mean is not None else bound if bound is not None else None
-            load = found.loads.setdefault(item.resource_id, Load())
+            load = found.loads.setdefault(weighed.resource_id, Load())
             load.items += 1
             load.input_tokens += estimate.input_tokens
             expected = self.UNKNOWN_OUTPUT if output is None else output
@@ -430,13 +458,19 @@ class Ingest:
         most_item_bytes: int = 8 * 1024 * 1024,
         key_amounts: Sequence[Amount] = (),
         quota: quotas.Amounts | None = None,
+        crossroads: Mapping[UUID, Crossroads] | None = None,
     ) -> None:
         self._conn = conn
         self._quota = quota
         self._batch = batch
         self._most_items = min(most_items, MOST_ITEMS)
+        self._asked = resources
         self._scale = _Scale.of(
-            batch, resources, most_item_bytes=most_item_bytes, key_amounts=key_amounts
+            batch,
+            resources,
+            most_item_bytes=most_item_bytes,
+            key_amounts=key_amounts,
+            crossroads=crossroads,
         )
         self._flows: dict[UUID, int] = {}
         self._bytes: dict[UUID, int] = {}
@@ -462,9 +496,9 @@ class Ingest:
         if self.problems:
             return
         self._estimated += prepared.input_tokens
-        for item in items:
-            self._flows[item.resource_id] = self._flows.get(item.resource_id, 0) + 1
-            self._bytes[item.resource_id] = self._bytes.get(item.resource_id, 0) + len(item.body)
+        for resource_id, load in prepared.flows.items():
+            self._flows[resource_id] = self._flows.get(resource_id, 0) + load.items
+            self._bytes[resource_id] = self._bytes.get(resource_id, 0) + load.bytes
         async with self._conn.cursor() as cursor:
             async with cursor.copy(_COPY_ITEMS) as copy:
                 await copy.write(prepared.items)
@@ -479,6 +513,10 @@ class Ingest:
             raise ValidationError(self.problems)
         batch = self._batch
         conn = self._conn
+        self._plan_fallbacks()
+        await resources.pin(
+            conn, workspace_id=batch.workspace_id, resource_ids=[*self._asked, *self._flows]
+        )
         await _batch_insert.run(
             conn,
             workspace_id=batch.workspace_id,
@@ -523,7 +561,7 @@ class Ingest:
             scope_ids=scope_ids,
             resource_ids=resource_ids,
             items=[self._flows[r] for r in resource_ids],
-            request_bytes=[self._bytes[r] for r in resource_ids],
+            request_bytes=[self._bytes.get(r, 0) for r in resource_ids],
         )
         if batch.amounts:
             await capacity.open_scope(
@@ -551,6 +589,16 @@ class Ingest:
         await _ready_now.run(conn, workspace_id=batch.workspace_id, resource_ids=resource_ids)
         return batch.batch_id
 
+    def _plan_fallbacks(self) -> None:
+        """Give the models that items may fall back to their flows, empty at first.
+
+        All flows of a batch are made with it: whoever locks those of a batch has them all.
+        """
+        for resource in self._asked.values():
+            if resource.use_fallback:
+                for fallback_id in resource.fallback_ids:
+                    self._flows.setdefault(fallback_id, 0)
+
     @property
     def resource_ids(self) -> list[UUID]:
         """The resources that got items: whom to ring for after the commit."""
@@ -563,19 +611,24 @@ class Ingest:
         rows: list[str] = []
         requests: list[bytes] = []
         problems: list[Problem] = []
+        flows: dict[UUID, _Share] = {}
         input_tokens = 0
         for seq, item in enumerate(items, start=first_seq):
             try:
-                estimate = self._scale.weigh(item)
+                weighed = self._scale.weigh(item, seq)
             except ValueError as error:
                 problems.append(Problem(path=f"items[{seq}].request", message=str(error)))
                 continue
+            estimate, resource_id = weighed.estimate, weighed.resource_id
+            share = flows.setdefault(resource_id, _Share())
+            share.items += 1
+            share.bytes += len(item.body)
             input_tokens += estimate.input_tokens
             bound = estimate.max_output_tokens
             most_output = _NULL if bound is None else min(bound, 2**31 - 1)
             timeout_ms = (item.vmx.timeout_ms if item.vmx else None) or batch.timeout_ms
             rows.append(
-                f"{key}{item.resource_id}\t{seq}\t{estimate.input_tokens}\t"
+                f"{key}{resource_id}\t{seq}\t{estimate.input_tokens}\t"
                 f"{most_output}\t"
                 f"{item.max_attempts or batch.max_attempts}\t"
                 f"{_NULL if timeout_ms is None else timeout_ms}\n"
@@ -588,15 +641,23 @@ class Ingest:
         return _Prepared(
             items="".join(rows).encode(),
             requests=b"".join(requests),
+            flows=flows,
             problems=problems,
             input_tokens=input_tokens,
         )
+
+
+@dataclass(slots=True)
+class _Share:
+    items: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
     items: bytes
     requests: bytes
+    flows: dict[UUID, _Share]
     problems: list[Problem]
     input_tokens: int
 
@@ -753,10 +814,16 @@ async def resource_ids(conn: Connection, *, workspace_id: UUID, batch_id: UUID) 
 
 
 async def resource_ids_of(
-    conn: Connection, *, workspace_id: UUID, batch_ids: Sequence[UUID]
+    conn: Connection, *, workspace_id: UUID, batch_ids: Sequence[UUID], reader_id: UUID | None
 ) -> dict[UUID, list[UUID]]:
-    """The resources that each of some batches uses."""
-    rows = await _batches_resources.all(conn, workspace_id=workspace_id, batch_ids=list(batch_ids))
+    """The resources that each of some batches asked, which a key must be allowed to see it.
+
+    An alternate counts as its owner. What was deleted is left out for the key that created the batch:
+    it was stripped from every allowlist, and what was answered stays readable.
+    """
+    rows = await _batches_resources.all(
+        conn, workspace_id=workspace_id, batch_ids=list(batch_ids), reader_id=reader_id
+    )
     return {row.batch_id: row.resource_ids for row in rows}
 
 

@@ -354,8 +354,15 @@ async def set_limits(
             output_tokens=amount.output_tokens,
         )
     if any(amount.dimension is not None for amount in wanted.values()):
-        for batch in await _scope_batches.all(conn, workspace_id=workspace_id, scope_id=scope_id):
-            await attach_dimensions(conn, workspace_id=workspace_id, batch_id=batch.batch_id)
+        return await reattach(conn, workspace_id=workspace_id, scope_id=scope_id)
+    await _flows_wake.run(conn, workspace_id=workspace_id, scope_id=scope_id)
+    return await wake(conn, workspace_id=workspace_id, scope_id=scope_id)
+
+
+async def reattach(conn: Connection, *, workspace_id: UUID, scope_id: UUID) -> list[UUID]:
+    """Let open batches count for the dimensions that bind a scope now, and all look; whom to ring for."""
+    for batch in await _scope_batches.all(conn, workspace_id=workspace_id, scope_id=scope_id):
+        await attach_dimensions(conn, workspace_id=workspace_id, batch_id=batch.batch_id)
     await _flows_wake.run(conn, workspace_id=workspace_id, scope_id=scope_id)
     return await wake(conn, workspace_id=workspace_id, scope_id=scope_id)
 

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import migrate, queue
+from app import connections, migrate, queue
 from app.db import Connection, Query, unavailable
 from app.errors import SecretError
 from app.secrets import Keyring, Sealed
@@ -278,4 +278,18 @@ async def _secrets(conn: Connection, keyring: Keyring | None) -> list[Finding]:
         except SecretError as error:
             what = f"The secret of connection '{secret.name}' ({secret.connection_id}): {error}."
             found.append(Finding(what=what, remedy="Add the key, or enter the secret again."))
-    return found or [Finding(what=f"All {len(stored)} providers' secrets open.")]
+    if not found:
+        found = [Finding(what=f"All {len(stored)} providers' secrets open.")]
+    uses = await connections.key_uses(conn)
+    old = [
+        use
+        for use in uses
+        if use.secret_key_id != keyring.key_id and keyring.holds(use.secret_key_id)
+    ]
+    for use in old:
+        what = (
+            f"{use.secrets} secrets are sealed with the older key '{use.secret_key_id}', not with "
+            f"'{keyring.key_id}'."
+        )
+        found.append(Finding(what=f"{what} `sluice secrets rotate` seals them anew."))
+    return found

@@ -38,6 +38,9 @@ any             not HTTP, or an encoding we did not ask for Unreachable  garbage
 other 5xx       otherwise                                   Unreachable  server_error
 other 4xx       otherwise                                   Rejected     see `_REFUSALS`
 
+A provider that speaks Anthropic's Messages is asked and understood by `app.anthropic`, which stands
+between this module's request and the transport; what comes out is the same.
+
 The transport is `app.http1`; why it is ours stands in docs/decisions.md, 19.
 """
 
@@ -58,6 +61,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from app import anthropic
 from app.addresses import Guard
 from app.http1 import (
     MOST_HEADER_CHARS,
@@ -101,6 +105,8 @@ class Call:
     ``headers`` cannot replace what frames the message (host, length, encoding, connection).
     ``timeout_s`` bounds everything from the wait for a free connection to the last byte.
     ``send_by``: by `time.monotonic`; a call whose connection is there later is not sent (``late``).
+    ``protocol``: what the provider speaks; Anthropic's Messages serve chat completions only.
+    ``key_header``: where the key goes; ``authorization`` means as a bearer token.
     """
 
     base_url: str
@@ -114,6 +120,8 @@ class Call:
     override_args: bytes | None = field(default=None, repr=False)
     idempotency_key: str | None = None
     send_by: float | None = None
+    protocol: Literal["openai", "anthropic"] = "openai"
+    key_header: Literal["authorization", "x-api-key", "api-key"] = "authorization"
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -233,7 +241,7 @@ class Provider:
         connection: Connection | None = None
         sent = False
         try:
-            target = _target(call.base_url, call.endpoint)
+            target = _target(call.base_url, _path(call))
             request = _request(call, target)
             async with asyncio.timeout(call.timeout_s), self._slots:
                 connection = self._connections.idle(target.origin)
@@ -246,6 +254,8 @@ class Provider:
                 reply = await connection.exchange(request, most_bytes=self._max_response_bytes)
                 self._connections.give_back(connection)
             reply = _decoded(reply, most_bytes=self._max_response_bytes)
+            if call.protocol == "anthropic":
+                reply = _translated(reply)
             return _classify(call, reply, host=target.origin.host, latency_ms=_ms_since(begun))
         except FaultError as fault:
             return _failed(call, fault, connection, sent=sent, latency_ms=_ms_since(begun))
@@ -301,7 +311,7 @@ class _Target:
 
 
 @functools.lru_cache(maxsize=1024)
-def _target(base_url: str, endpoint: Endpoint) -> _Target:
+def _target(base_url: str, endpoint: str) -> _Target:
     def refuse(why: str) -> NoReturn:
         raise FaultError("bad_url", f"The connection's base URL {why}.")
 
@@ -329,18 +339,29 @@ def _target(base_url: str, endpoint: Endpoint) -> _Target:
     return _Target(Origin(host, port, url.scheme == "https"), head)
 
 
+def _path(call: Call) -> str:
+    if call.protocol == "openai":
+        return call.endpoint
+    if call.endpoint is not Endpoint.chat_completions:
+        raise FaultError("bad_request_body", "Anthropic's API serves chat completions only.")
+    return "/v1/messages"
+
+
 def _request(call: Call, target: _Target) -> bytes:
     body = _body(call)
     headers = {"accept": "application/json", "user-agent": "sluice"}
+    if call.protocol == "anthropic":
+        headers["anthropic-version"] = anthropic.VERSION
     if call.api_key is not None:
-        headers["authorization"] = f"Bearer {call.api_key}"
+        is_bearer = call.key_header == "authorization"
+        headers[call.key_header] = f"Bearer {call.api_key}" if is_bearer else call.api_key
     headers |= {name.lower(): value for name, value in call.headers.items()}
     if call.idempotency_key is not None:
         headers["idempotency-key"] = call.idempotency_key
     lines = [target.head]
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or _NOT_IN_HEADER.search(value):
-            what = "The API key" if name == "authorization" else f"The header {name[:60]!r}"
+            what = "The API key" if name == call.key_header else f"The header {name[:60]!r}"
             raise FaultError("bad_header", f"{what} has characters that HTTP cannot carry.")
         if name not in _OURS_ALONE:
             lines.append(f"{name}: {value}\r\n")
@@ -358,9 +379,30 @@ def _body(call: Call) -> bytes:
     for unwanted in ("stream", "stream_options", "vmx"):
         members.pop(unwanted, None)
     members["model"] = _json_string(call.model)
-    return b"{%b}" % b",".join(
+    body = b"{%b}" % b",".join(
         b"%b:%b" % (_json_string(name), value) for name, value in members.items()
     )
+    return body if call.protocol == "openai" else _as_messages(body, call.model)
+
+
+def _as_messages(body: bytes, model: str) -> bytes:
+    try:
+        asked = anthropic.to_messages(json.loads(body), model=model)
+    except (ValueError, RecursionError) as error:
+        known = isinstance(error, anthropic.UntranslatableError)
+        why = str(error) if known else "it is nested too deeply or has numbers too large"
+        raise FaultError("bad_request_body", f"Anthropic cannot be asked this: {why}.") from None
+    return anthropic.encoded(asked)
+
+
+def _translated(reply: Reply) -> Reply:
+    """A Message as a chat completion; errors stay as Anthropic wrote them."""
+    if reply.status_code >= HTTPStatus.MULTIPLE_CHOICES:
+        return reply
+    body = anthropic.to_completion(reply.body, created=int(time.time()))
+    if body is None:
+        raise FaultError("garbage", "The provider answered with no Message of Anthropic's.")
+    return Reply(reply.status_code, reply.headers, body)
 
 
 def _json_string(text: str) -> bytes:

@@ -85,6 +85,10 @@ class Keyring:
             ) from None
         return opened.decode("utf-8", "surrogatepass")
 
+    def holds(self, key_id: str) -> bool:
+        """Whether a key of this id is there."""
+        return key_id in self._ciphers
+
     def __repr__(self) -> str:
         return f"Keyring({', '.join(self._ciphers)})"
 

@@ -157,6 +157,9 @@ class Settings(BaseModel):
     default_timeout_ms: int = Field(
         default=300_000, ge=100, description="one provider call, where nothing else is said"
     )
+    probe_timeout_s: float = Field(
+        default=20.0, gt=0, le=600, description="longest test call of a connection or resource"
+    )
     ledger_keep_hours: int = Field(default=48, ge=2, description="how long ledger slots are kept")
     usage_days: int = Field(
         default=366, ge=1, description="longest time that one question about usage may span"

@@ -18,7 +18,8 @@ exactly in whatever order calls arrive, and a call that failed can succeed when 
 **Faults** come after the limit, so they cost capacity: a 500, a random 429, an answer that never
 comes, a connection cut within the body, a 200 that is not JSON, a body of one byte per 200 ms.
 
-Routes: the five ``POST /v1/…`` endpoints of OpenAI that a batch may name, ``GET /v1/models``,
+Routes: the five ``POST /v1/…`` endpoints of OpenAI that a batch may name, Anthropic's
+``POST /v1/messages`` (its key in ``x-api-key``, its form of errors), ``GET /v1/models``,
 ``GET /healthz``, ``GET /report``, ``POST /reset`` (report and limits begin again), ``POST /behaviour``
 (a JSON object of `Behaviour` fields to change while running; the limits keep what they counted).
 """
@@ -141,7 +142,9 @@ _ROUTES = {
     "/v1/embeddings": "input",
     "/v1/completions": "prompt",
     "/v1/moderations": "input",
+    "/v1/messages": "messages",
 }
+_MESSAGES = "/v1/messages"
 _WORDS = (
     "A sluice lets through as much as the river below can take, no more and no less, and keeps the "
     "rest behind its gate until there is room for it. "
@@ -227,6 +230,8 @@ def _answer(work: _Work) -> dict[str, object]:
             choice = {"index": 0, "text": _text(work), "logprobs": None, "finish_reason": finish}
             answer = {"id": f"cmpl-{name}", "object": "text_completion", "created": created}
             return answer | common | {"choices": [choice], "usage": usage}
+        case "/v1/messages":
+            return _message(work, name)
         case "/v1/responses":
             return _response(work, name, created) | common
         case "/v1/embeddings":
@@ -241,6 +246,25 @@ def _answer(work: _Work) -> dict[str, object]:
             nothing = {"flagged": False, "categories": empty, "category_scores": empty}
             results = [nothing for _ in range(_inputs(work.asked.input))]
             return {"id": f"modr-{name}", "results": results} | common
+
+
+def _message(work: _Work, name: str) -> dict[str, object]:
+    """Make a Message as Anthropic's are."""
+    return {
+        "id": f"msg_{name}",
+        "type": "message",
+        "role": "assistant",
+        "model": work.asked.model,
+        "content": [{"type": "text", "text": _text(work)}],
+        "stop_reason": "max_tokens" if work.is_cut_short else "end_turn",
+        "stop_sequence": None,
+        "usage": {
+            "input_tokens": work.input_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": work.output_tokens,
+        },
+    }
 
 
 def _response(work: _Work, name: str, created: int) -> dict[str, object]:
@@ -294,6 +318,22 @@ def _vectors(work: _Work) -> list[list[float] | str]:
         else:
             vectors.append(vector)
     return vectors
+
+
+_KINDS_OF_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+}
+
+
+def _error_of_anthropic(status: int, message: str) -> dict[str, object]:
+    """Make an error body of Anthropic's shape."""
+    kind = _KINDS_OF_ANTHROPIC.get(status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def _error(message: str, *, kind: str, code: str | None) -> dict[str, object]:
@@ -445,8 +485,10 @@ class Simulator:
         counted, behaviour, now = self.statistics, self.behaviour, self._clock()
         counted.received += 1
         if behaviour.require_key is not None:
-            expected = f"Bearer {behaviour.require_key}".encode()
-            if not hmac.compare_digest(connection.authorization, expected):
+            is_message = route == _MESSAGES
+            expected = behaviour.require_key if is_message else f"Bearer {behaviour.require_key}"
+            given = connection.api_key if is_message else connection.authorization
+            if not hmac.compare_digest(given, expected.encode()):
                 counted.unauthorized += 1
                 text = "Incorrect API key provided."
                 connection.send_error(
@@ -543,6 +585,8 @@ def _asked(route: str, body: bytes) -> tuple[_Asked | None, str]:
     needed = _ROUTES[route]
     if bytes(getattr(asked, needed))[:1] not in {b"[", b'"', b"{"}:
         return None, f"Missing required parameter: '{needed}'."
+    if route == _MESSAGES and asked.max_tokens is None:
+        return None, "max_tokens: Field required"
     if asked.stream:
         return None, "The simulator does not stream."
     return asked, ""
@@ -559,6 +603,7 @@ class _Connection(asyncio.Protocol):
         self._work: _Work | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_busy = False
+        self._speaks_anthropic = False
         self._forget_request()
 
     def _forget_request(self) -> None:
@@ -567,6 +612,7 @@ class _Connection(asyncio.Protocol):
         self._size = 0
         self._expects_continue = False
         self.authorization = b""
+        self.api_key = b""
 
     def drop(self) -> None:
         """Close at once."""
@@ -601,6 +647,8 @@ class _Connection(asyncio.Protocol):
         match name.lower():
             case b"authorization":
                 self.authorization = value
+            case b"x-api-key":
+                self.api_key = value
             case b"expect":
                 self._expects_continue = value.lower() == b"100-continue"
             case _:
@@ -623,6 +671,7 @@ class _Connection(asyncio.Protocol):
         method = self._parser.get_method().decode("latin-1")
         path = self._url.partition(b"?")[0].decode("latin-1")
         body = b"".join(self._body)
+        self._speaks_anthropic = path == _MESSAGES
         if self._size > MOST_BODY_BYTES:
             self.send_error(413, "The body is too large.", kind="invalid_request_error")
         else:
@@ -648,12 +697,17 @@ class _Connection(asyncio.Protocol):
         code: str | None = None,
         retry_s: float | None = None,
     ) -> None:
-        """Send an error of OpenAI's shape at once, with the limits where there are any."""
+        """Send an error in the shape of its API at once, with the limits where there are any."""
         headers = self._simulator.limit_headers()
         if retry_s is not None and self._simulator.behaviour.send_headers:
             headers["retry-after"] = str(math.ceil(retry_s))
             headers["retry-after-ms"] = str(math.ceil(retry_s * 1000))
-        self.send(status, _error(message, kind=kind, code=code), headers)
+        self.send(status, self._told(status, message, kind=kind, code=code), headers)
+
+    def _told(self, status: int, message: str, *, kind: str, code: str | None) -> dict[str, object]:
+        if self._speaks_anthropic:
+            return _error_of_anthropic(status, message)
+        return _error(message, kind=kind, code=code)
 
     def _framed(self, status: int, body: bytes, headers: dict[str, str]) -> bytes:
         phrase = HTTPStatus(status).phrase
@@ -724,7 +778,7 @@ class _Connection(asyncio.Protocol):
         self, status: int, message: str, *, kind: str, headers: dict[str, str]
     ) -> None:
         code = "rate_limit_exceeded" if status == HTTPStatus.TOO_MANY_REQUESTS else None
-        body = msgspec.json.encode(_error(message, kind=kind, code=code))
+        body = msgspec.json.encode(self._told(status, message, kind=kind, code=code))
         self._finish(self._framed(status, body, headers))
 
     def _finish(self, framed: bytes) -> None:

@@ -30,13 +30,15 @@ from uuid import UUID
 import msgspec
 import psycopg
 
-from app import __version__, queue, tenants
+from app import __version__, connections, queue
 from app.batches import vmx_of
+from app.connections import Route
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import ABORTS, EVENTS, WORK, Listener, Ringer
 from app.errors import SecretError
 from app.ids import uuid7
 from app.log import Log
+from app.presets import key_header_of, protocol_of
 from app.provider import Answered, Call, Endpoint, Provider, Rejected, Throttled, Unreachable
 from app.provider import Outcome as CallOutcome
 from app.queue import Item, Observation, Outcome, Settlement
@@ -44,7 +46,6 @@ from app.rate_limits import RateLimit
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
-from app.tenants import Route
 
 log = Log("worker")
 
@@ -300,13 +301,13 @@ class Worker:
         if known is not None and config_at is not None and known.route.config_at >= config_at:
             return known
         async with self._db.connection() as conn:
-            route = await tenants.route(
+            route = await connections.route(
                 conn, workspace_id=due.workspace_id, resource_id=due.resource_id
             )
         if route is None:
             return None
         try:
-            secret = tenants.open_secret(self._keyring, route)
+            secret = connections.open_secret(self._keyring, route)
         except SecretError as error:
             log.warning("secret.unreadable", connection=route.connection_id, reason=str(error))
             return error
@@ -331,6 +332,14 @@ class Worker:
             )
         elif isinstance(target, SecretError):
             self._settle_unsent(item, Outcome.unsent, "SECRET_UNREADABLE", str(target), wait_s=30.0)
+        elif not target.route.is_allowed:
+            settlement = self._settlement(item, Outcome.rejected, target.route.connection_id)
+            settlement.refund = True
+            settlement.error_code = "MODEL_NOT_ALLOWED"
+            settlement.error_message = (
+                f"its connection's allowedModels have no '{target.route.model}'"
+            )
+            self._finish(item, settlement, None)
         else:
             task = asyncio.create_task(self._call(item, target, claim_begun))
             self._calls[task] = item
@@ -367,6 +376,8 @@ class Worker:
             # The same for every attempt of an item: a provider that honours it bills it once.
             idempotency_key=f"sluice-{item.batch_id}-{item.seq}",
             send_by=send_by,
+            protocol=protocol_of(route.provider),
+            key_header=key_header_of(route.provider),
         )
         try:
             outcome = await self._provider.call(call)

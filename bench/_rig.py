@@ -24,7 +24,17 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
-from app import api_keys, batches, doctor, embedded, migrate, settings, tenants
+from app import (
+    api_keys,
+    batches,
+    connections,
+    doctor,
+    embedded,
+    migrate,
+    resources,
+    settings,
+    tenants,
+)
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount
 from app.db import Database
@@ -37,11 +47,18 @@ STOP_S = 60.0
 
 def made_anew(url: str, name: str) -> str:
     """The address of an empty database of that name on the same server."""
+    drop(url, name)
     with psycopg.connect(url, autocommit=True) as conn:
-        known = sql.Identifier(name)
-        conn.execute(sql.SQL("drop database if exists {} with (force)").format(known))
-        conn.execute(sql.SQL("create database {}").format(known))
+        conn.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def drop(url: str, name: str) -> None:
+    """Make sure that the server has no database of that name, which costs the next part disk and autovacuum."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute(
+            sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+        )
 
 
 class Rig:
@@ -62,11 +79,13 @@ class Rig:
         self.workers: list[subprocess.Popen[bytes]] = []
         self.provider = ""
         """The simulator's address, without ``/v1``."""
+        self.committed_at = 0.0
+        """When the last batch was committed, by ``time.perf_counter``."""
         self._simulator: subprocess.Popen[bytes] | None = None
         self._worker_log = worker_log
         # Settings of whoever runs the benchmark would lead the processes elsewhere.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(settings.PREFIX)}  # noqa: TID251 - for the programs it starts
-        self._environment = {
+        self.environment = {
             **inherited,
             "SLUICE_HOME": str(home),
             "SLUICE_PROVIDER_ALLOW_NETWORKS": "127.0.0.0/8",
@@ -76,7 +95,7 @@ class Rig:
         key = load_or_create_key_file(home / "secret-key")
         self._keyring = Keyring(key)
         if db.url != server.url:
-            self._environment |= {"SLUICE_DATABASE_URL": db.url, "SLUICE_SECRET_KEY": key}
+            self.environment |= {"SLUICE_DATABASE_URL": db.url, "SLUICE_SECRET_KEY": key}
         self._tenant: tenants.Environment | None = None
 
     @classmethod
@@ -114,6 +133,8 @@ class Rig:
                     yield rig
                 finally:
                     rig._kill()
+            if database is not None:
+                drop(server.url, database)
         finally:
             server.release()
 
@@ -123,9 +144,9 @@ class Rig:
         """One more worker process, which the caller keeps in ``workers``."""
         command = [sys.executable, "-m", "app.cli", "worker"]
         if self._worker_log is None:
-            return subprocess.Popen(command, env=self._environment)
+            return subprocess.Popen(command, env=self.environment)
         with self._worker_log.open("ab") as log:
-            return subprocess.Popen(command, env=self._environment, stderr=log)
+            return subprocess.Popen(command, env=self.environment, stderr=log)
 
     async def start_workers(self, number: int) -> None:
         """Start so many and wait until all have begun, so that they compete from the first item."""
@@ -166,7 +187,7 @@ class Rig:
     def _start_simulator(self) -> None:
         command = [sys.executable, "-m", "app.cli", "simulate", "--port", "0", "--seed", "1"]
         process = self._simulator = subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.PIPE
+            command, env=self.environment, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         if select.select([process.stdout], [], [], START_S)[0]:
@@ -218,7 +239,7 @@ class Rig:
     async def create_connection(self, name: str, amounts: Sequence[Amount] = ()) -> UUID:
         """An account at the simulator."""
         async with self.db.transaction() as conn:
-            return await tenants.create_connection(
+            return await connections.create(
                 conn,
                 keyring=self._keyring,
                 name=name,
@@ -237,7 +258,7 @@ class Rig:
         if connection_id is None:
             connection_id = await self.create_connection(name)
         async with self.db.transaction() as conn:
-            return await tenants.create_resource(
+            return await resources.create(
                 conn,
                 connection_id=connection_id,
                 name=name,
@@ -263,7 +284,7 @@ class Rig:
         async with self.db.connection() as conn:
             await batches.prepare_day(conn, batch)
         async with self.db.transaction() as conn:
-            resource = await tenants.resource(conn, resource_id=resource_id, **self.ids)
+            resource = await resources.get(conn, resource_id=resource_id, **self.ids)
             assert resource is not None
             ingest = Ingest(conn, batch, {resource_id: resource})
             for start in range(0, len(bodies), 2000):
@@ -274,6 +295,7 @@ class Rig:
                     ]
                 )
             await ingest.finish()
+        self.committed_at = time.perf_counter()
         # As the API does. Without the ring an idle worker finds it at its next look, within 5 s.
         ringer = Ringer(self.db)
         ringer.ring(WORK, [resource_id])

@@ -39,14 +39,27 @@ from uuid import UUID
 
 import uvloop
 
-from app import api_keys, batches, embedded, migrate, queue, settings, tenants
+from app import (
+    api_keys,
+    batches,
+    connections,
+    embedded,
+    migrate,
+    queue,
+    resources,
+    settings,
+    tenants,
+)
 from app.batches import Ingest, NewBatch, NewItem
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, Ringer
 from app.ids import uuid7
 from app.queue import Item, Outcome, Settlement
 from app.secrets import Keyring, load_or_create_key_file
+from bench import _figures
+from bench._figures import Figure, Part, Run
 
+LIMIT_S = 240.0
 START_S = 60.0
 _EVENT = re.compile(rb"id: (\d+)\ndata: ")
 _KEEP = 64  # bytes of a piece that may be the beginning of an event's head
@@ -70,6 +83,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run it once; exit 1 unless every listener got everything once and in order."""
+    if "--home" in sys.argv:  # as a part of all
+        _figures.run("sse", measure)
+        return
     options = arguments().parse_args()
     if options.listen:
         uvloop.run(_listen(**json.loads(options.listen)))
@@ -83,6 +99,30 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
     sys.exit(0 if not figures["gaps or repeats"] and figures["complete"] else 1)
+
+
+async def measure(run: Run) -> Part:
+    """The same as a line of the table; on a Postgres of its own, as its method says."""
+    options = arguments().parse_args(["--quick"] if run.quick else [])
+    if options.quick:
+        options.listeners, options.seconds = 100, 16.0
+    with tempfile.TemporaryDirectory(prefix="sluice-sse-") as home:
+        found = await _Run(options, Path(home)).run()
+    p99 = found.get("commit to client before the kill, p99, ms")
+    ours = float(p99) if isinstance(p99, int | float) else None
+    is_complete = bool(found["complete"]) and not found["gaps or repeats"]
+    return Part(
+        figures=[
+            Figure(
+                what=f"commit to {options.listeners:,} slim listeners at {options.rate:g} items/s, p99",
+                unit="ms",
+                ours=ours,
+                target="< 250, none missed",
+                met=is_complete and ours is not None and ours < 250,
+            )
+        ],
+        notes=[f"sse: {name} {value}" for name, value in found.items()],
+    )
 
 
 # Listeners ----------------------------------------------------------------------------------------
@@ -406,7 +446,7 @@ async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, 
             "workspace_id": tenant.workspace_id,
             "environment_id": tenant.environment_id,
         }
-        connection_id = await tenants.create_connection(
+        connection_id = await connections.create(
             conn,
             keyring=keyring,
             name="none",
@@ -416,7 +456,7 @@ async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, 
             timeout_ms=30_000,
             **ids,
         )
-        resource_id = await tenants.create_resource(
+        resource_id = await resources.create(
             conn, connection_id=connection_id, name="none", model="none", **ids
         )
         _, key = await api_keys.create(conn, name="bench", **ids)
@@ -434,7 +474,7 @@ async def _submit(
     async with db.connection() as conn:
         await batches.prepare_day(conn, batch)
     async with db.transaction() as conn:
-        resource = await tenants.resource(conn, resource_id=resource_id, **ids)
+        resource = await resources.get(conn, resource_id=resource_id, **ids)
         assert resource is not None
         ingest = Ingest(conn, batch, {resource_id: resource})
         await ingest.add([NewItem(resource_id=resource_id, body=_BODY)] * items)

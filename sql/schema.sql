@@ -108,10 +108,11 @@ comment on type given_outcome is 'Scratch of settle(): one outcome as the worker
 create type settled_item as (
     ord int, workspace_id uuid, batch_day date, batch_id uuid, resource_id uuid, seq int, attempt int,
     was work_status, becomes work_status, reason ended_reason, visible_at timestamptz,
-    failures int, crashes int
+    failures int, crashes int, moves_to uuid
 );
 comment on type settled_item is
-    'Scratch of settle(), reclaim() and cancel_chunk(): one transition. Never stored.';
+    'Scratch of settle(), reclaim() and expire(): one transition; moves_to: the resource that is asked next, '
+    'if another one. Never stored.';
 
 -- Tenants ----------------------------------------------------------------------------------------
 
@@ -289,6 +290,8 @@ create table connections (
     concurrency int,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
+    created_by uuid,
+    updated_by uuid,
     constraint connections_pkey primary key (workspace_id, connection_id),
     constraint connections_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
@@ -314,6 +317,8 @@ comment on column connections.timeout_ms is 'Longest time that one call may take
 comment on column connections.concurrency is 'Most calls at once, over all its resources; null is any number.';
 comment on column connections.created_at is 'When the row was made.';
 comment on column connections.updated_at is 'When a person last changed it.';
+comment on column connections.created_by is 'The user or key that made it; null: the command line.';
+comment on column connections.updated_by is 'The user or key that last changed it; null: nobody, or the command line.';
 
 create table resources (
     workspace_id uuid not null,
@@ -331,17 +336,36 @@ create table resources (
     model_scope_id uuid not null,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
+    owner_id uuid,
+    use_fallback boolean not null default true,
+    fallback_ids uuid[] not null default '{}',
+    fallback_on jsonb not null default '{}',
+    secondary_ids uuid[] not null default '{}',
+    routing jsonb,
+    created_by uuid,
+    updated_by uuid,
     constraint resources_pkey primary key (workspace_id, resource_id),
     constraint resources_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
     constraint resources_connection_fkey foreign key (workspace_id, connection_id)
         references connections,
-    constraint resources_name_unique unique (workspace_id, environment_id, name),
+    constraint resources_owner_fkey foreign key (workspace_id, owner_id) references resources
+        on delete cascade,
     constraint resources_timeout_positive check (timeout_ms > 0),
-    constraint resources_concurrency_positive check (concurrency > 0)
+    constraint resources_concurrency_positive check (concurrency > 0),
+    constraint resources_alternates_have_none check (
+        owner_id is null or (fallback_ids = '{}' and secondary_ids = '{}' and routing is null)
+    )
 );
+create unique index resources_name_unique on resources (workspace_id, environment_id, name)
+    where owner_id is null;
+create unique index resources_alternate_unique on resources (workspace_id, owner_id, connection_id, model)
+    where owner_id is not null;
 create index resources_by_connection on resources (workspace_id, connection_id);
-comment on table resources is 'A named model on a connection. Items name a resource.';
+comment on table resources is
+    'A named model on a connection. Items name a resource. A resource''s other models (fallbacks, secondary '
+    'models, targets of its routing rules) are rows too, its alternates, so that each is claimed, limited and '
+    'counted like any other; nobody names those.';
 comment on column resources.workspace_id is 'The tenant.';
 comment on column resources.resource_id is 'UUIDv7, minted by the application.';
 comment on column resources.environment_id is 'The environment it belongs to.';
@@ -358,6 +382,14 @@ comment on column resources.model_scope_id is
     'The scope of its model on its connection: resources that name the same model share what is learned.';
 comment on column resources.created_at is 'When the row was made.';
 comment on column resources.updated_at is 'When a person last changed it.';
+comment on column resources.owner_id is 'The resource whose alternate this is; null: people made it.';
+comment on column resources.use_fallback is 'Whether its fallbacks are taken.';
+comment on column resources.fallback_ids is 'The alternates to ask where this one cannot answer, in order.';
+comment on column resources.fallback_on is 'After which outcomes, as the wire gave it; see fallback_of().';
+comment on column resources.secondary_ids is 'The alternates that a request may choose by their position.';
+comment on column resources.routing is 'Rules that choose an alternate, or refuse, as items are created.';
+comment on column resources.created_by is 'The user or key that made it; null: the command line.';
+comment on column resources.updated_by is 'The user or key that last changed it; null: nobody, or the command line.';
 
 create table resource_states (
     workspace_id uuid not null,

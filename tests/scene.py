@@ -14,13 +14,15 @@ from uuid import UUID
 
 import psycopg
 
-from app import api_keys, batches, capacity, events, items, queue, tenants
+from app import api_keys, batches, capacity, connections, events, items, queue, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount, LimitUse
 from app.db import Connection, Database
 from app.events import Event
 from app.ids import uuid7
 from app.queue import Claim, Item, Observation, Outcome, Settled, Settlement
+from app.resources import create as create_resource
+from app.resources import get as get_resource
 from app.secrets import Keyring
 
 BODY = b'{"messages":[{"role":"user","content":"Where is my card?"}]}'
@@ -87,7 +89,7 @@ class Scene:
         keyring = Keyring(Keyring.generate())
         async with db.transaction() as conn:
             environment = await tenants.create_workspace(conn, name="w", environment="e")
-            connection_id = await tenants.create_connection(
+            connection_id = await connections.create(
                 conn,
                 keyring=keyring,
                 workspace_id=environment.workspace_id,
@@ -100,7 +102,7 @@ class Scene:
                 amounts=_amounts(connection_rpm, None),
             )
             resource_ids = [
-                await tenants.create_resource(
+                await create_resource(
                     conn,
                     workspace_id=environment.workspace_id,
                     environment_id=environment.environment_id,
@@ -169,7 +171,7 @@ class Scene:
                 resource_id: found
                 for resource_id in set(used)
                 if (
-                    found := await tenants.resource(
+                    found := await get_resource(
                         conn,
                         workspace_id=self.workspace_id,
                         environment_id=self.environment_id,
@@ -207,7 +209,7 @@ class Scene:
         """One more account at a provider with one resource; the resource's number."""
         number = len(self.resource_ids)
         async with self.db.transaction() as conn:
-            connection_id = await tenants.create_connection(
+            connection_id = await connections.create(
                 conn,
                 keyring=self.keyring,
                 workspace_id=self.workspace_id,
@@ -225,7 +227,7 @@ class Scene:
         number = len(self.resource_ids)
         async with self.db.transaction() as conn:
             self.resource_ids.append(
-                await tenants.create_resource(
+                await create_resource(
                     conn,
                     workspace_id=self.workspace_id,
                     environment_id=self.environment_id,

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import batches, items, tenants
+from app import batches, items
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.db import Connection, Database
 from app.errors import ConflictError, ValidationError
 from app.ids import uuid7
 from app.queue import Outcome
+from app.resources import get as get_resource
 from tests.conftest import cloned
 from tests.scene import BODY, Scene, until_blocked
 
@@ -71,7 +72,7 @@ async def ingest(
         resource_id: found
         for resource_id in scene.resource_ids
         if (
-            found := await tenants.resource(
+            found := await get_resource(
                 conn,
                 workspace_id=scene.workspace_id,
                 environment_id=scene.environment_id,

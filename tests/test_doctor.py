@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from app import migrate, tenants
+from app import connections, migrate, resources, tenants
 from app.batches import Ingest, NewBatch, NewItem, prepare_day
 from app.capacity import Amount
 from app.db import Connection, Database
@@ -35,7 +35,7 @@ async def clean(db: Database) -> AsyncIterator[Connection]:
         )
         made = await tenants.create_workspace(conn, name="w", environment="e")
         ids = (made.workspace_id, made.environment_id)
-        connection_id = await tenants.create_connection(
+        connection_id = await connections.create(
             conn,
             keyring=KEYRING,
             workspace_id=ids[0],
@@ -47,7 +47,7 @@ async def clean(db: Database) -> AsyncIterator[Connection]:
             timeout_ms=1000,
             amounts=[Amount(period="minute", requests=5, tokens=None)],
         )
-        resource_id = await tenants.create_resource(
+        resource_id = await resources.create(
             conn,
             workspace_id=ids[0],
             environment_id=ids[1],
@@ -55,7 +55,7 @@ async def clean(db: Database) -> AsyncIterator[Connection]:
             name="r",
             model="m",
         )
-        resource = await tenants.resource(
+        resource = await resources.get(
             conn, workspace_id=ids[0], environment_id=ids[1], resource_id=resource_id
         )
         assert resource is not None

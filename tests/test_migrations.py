@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from app import migrate, queue, tenants
+from app import connections, migrate, queue
 from app.db import Database, folder
 from app.ids import created_on, uuid7
 from app.queue import Outcome
@@ -525,7 +525,7 @@ async def test_a_new_resource_shares_the_scope_of_its_model(scene: Scene) -> Non
 
 async def test_a_resource_of_before_can_be_found_and_called(scene: Scene) -> None:
     async with scene.db.connection() as conn:
-        route = await tenants.route(
+        route = await connections.route(
             conn, workspace_id=scene.workspace_id, resource_id=scene.resource_id
         )
     assert route is not None

@@ -4,10 +4,26 @@ A plan made for an empty table once read 2.8 million index entries to update 500
 what Postgres itself says it read, so it catches any plan that scans, however fast the machine.
 """
 
-from app.db import Connection
+from typing import Any
+
+from app.db import Connection, NoRow, Query
+from app.ids import created_on
+from app.queue import Outcome
+from bench._filling import fill
 from tests.scene import Scene
 
 ITEMS = 4000
+#: What a list of batches may be narrowed by, besides metadata.
+_FILTERS = (
+    "before",
+    "name",
+    "types",
+    "statuses",
+    "created_from",
+    "created_before",
+    "api_key_id",
+    "resource_id",
+)
 CLAIM = 200
 
 
@@ -60,6 +76,125 @@ async def test_the_claim_does_not_walk_what_was_claimed_before(database: str) ->
                 await scene.settle(claim.items)
         first, last = sum(costs[1:4]), sum(costs[-3:])
         assert last < first * 1.6, costs
+
+
+async def test_status_reads_keep_their_indexes(database: str) -> None:
+    """With history and statistics, no read of a batch, its items or its events walks a table."""
+    async with Scene.open(database, pool=2) as scene, scene.db.connection() as conn:
+        ids = {"workspace_id": scene.workspace_id, "environment_id": scene.environment_id}
+        await fill(conn, ids, scene.resource_id, number=600, items=2, done=True)
+        made = await fill(conn, ids, scene.resource_id, number=15, items=1000, done=True)
+        await conn.execute("analyze")
+        batch: dict[str, Any] = {
+            **ids,
+            "batch_id": made[7],
+            "batch_day": created_on(made[7]),
+            "most": 100,
+        }
+        for file, name, params, indexes in (
+            ("batches", "batch_get", {}, {"batches_pkey", "flows_pkey"}),
+            (
+                "batches",
+                "batches_page",
+                dict.fromkeys(_FILTERS) | {"metadata": "{}"},
+                {"batches_newest", "flows_pkey"},
+            ),
+            (
+                "items",
+                "items_some",
+                {"seqs": list(range(500, 600))},
+                {
+                    "batches_pkey",
+                    "flows_pkey",
+                    "items_pkey",
+                    "item_requests_pkey",
+                    "item_results_pkey",
+                    "attempts_pkey",
+                },
+            ),
+            ("events", "events_after", {"after": 300}, {"events_pkey"}),
+        ):
+            used, walked = await _plan(conn, Query(file, name, NoRow).sql, batch | params)
+            # A tenant has few accounts and models.
+            assert walked <= {"connections", "resources"}, name
+            used -= {"connections_pkey", "resources_pkey"}
+            # Either index of batches leads to a single row of a known environment.
+            assert {*used, "batches_pkey"} - {"batches_newest"} == {*indexes, "batches_pkey"} - {
+                "batches_newest"
+            }, name
+
+
+async def test_a_claim_finds_its_candidates_by_their_index(database: str) -> None:
+    """Beside history, with fresh statistics and without: only the index of first attempts, and few of its entries."""
+    async with Scene.open(database, pool=2) as scene, scene.db.connection() as conn:
+        ids = {"workspace_id": scene.workspace_id, "environment_id": scene.environment_id}
+        await fill(conn, ids, scene.resource_id, number=10, items=1000, done=True)
+        await fill(conn, ids, scene.resource_id, number=4, items=1000)
+        for statement in ("select 1", "analyze"):
+            await conn.execute(statement.encode())
+            scanned, _ = await _read(scene)
+            entries = await _entries(scene, "items_first")
+            claim = await scene.claim(CLAIM)
+            assert len(claim.items) == CLAIM
+            assert (await _read(scene))[0] == scanned
+            assert CLAIM <= await _entries(scene, "items_first") - entries <= 4 * (CLAIM + 1)
+
+
+async def test_a_claim_does_not_read_what_others_wait_to_retry(database: str) -> None:
+    """Whether a flow has a due retry is one probe, not a hash of all that anybody is to try again."""
+    async with Scene.open(database, pool=2) as scene, scene.db.connection() as conn:
+        other = await Scene.make(scene.db)
+        ids = {"workspace_id": other.workspace_id, "environment_id": other.environment_id}
+        await fill(conn, ids, other.resource_id, number=2, items=2000)
+        await conn.execute("update items set attempt = 1, failures = 1")
+        await conn.execute("update flows set unstarted = 0")
+        ours = [await scene.submit(1) for _ in range(20)]
+        claimed = await scene.claim(20)
+        await scene.settle(claimed.items, Outcome.unreachable, wait_s=0)
+        await conn.execute("analyze")
+        entries = await _entries(scene, "items_again")
+        again = await scene.claim(20)
+        assert {item.batch_id for item in again.items} == {batch.batch_id for batch in ours}
+        assert await _entries(scene, "items_again") - entries < 200
+
+
+async def _plan(
+    conn: Connection, statement: bytes, params: dict[str, Any]
+) -> tuple[set[str], set[str]]:
+    """Indexes that a plan uses, by the names of the partitioned ones, and tables that it walks."""
+    row = await (await conn.execute(b"explain (format json) " + statement, params)).fetchone()
+    assert row is not None
+    rows = await (
+        await conn.execute(
+            "select c.relname, p.relname from pg_inherits h join pg_class c on c.oid = h.inhrelid"
+            " join pg_class p on p.oid = h.inhparent"
+        )
+    ).fetchall()
+    parents = dict(rows)
+    used: set[str] = set()
+    walked: set[str] = set()
+    nodes = [row[0][0]["Plan"]]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", [])
+        if "Index Name" in node:
+            used.add(parents.get(node["Index Name"], node["Index Name"]))
+        elif node["Node Type"] == "Seq Scan":
+            walked.add(node["Relation Name"])
+    return used, walked
+
+
+async def _entries(scene: Scene, index: str) -> int:
+    """Entries of a partitioned index that were read so far."""
+    async with scene.db.connection() as conn:
+        await conn.execute("select pg_stat_force_next_flush()")
+    return int(
+        await scene.value(
+            "select sum(s.idx_tup_read) from pg_stat_user_indexes s"
+            " join pg_inherits h on h.inhrelid = s.indexrelid where h.inhparent = %s::regclass",
+            index,
+        )
+    )
 
 
 async def _buffers(conn: Connection) -> float:

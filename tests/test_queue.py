@@ -306,6 +306,17 @@ async def test_a_settlement_corrects_the_share_by_what_was_used(scene: Scene) ->
     assert taken == {modest.batch_id: 9}
 
 
+async def test_a_batch_of_higher_priority_fills_a_claim_beside_many_lower_ones(
+    scene: Scene,
+) -> None:
+    """Its part of the line was once bounded by the number of all batches: 32 of 500 with 63 others."""
+    for _ in range(40):
+        await scene.submit(20)
+    urgent = await scene.submit(300, priority=10)
+    taken = (await scene.claim(200)).items
+    assert {item.batch_id for item in taken} == {urgent.batch_id}
+
+
 async def test_higher_priority_goes_first(scene: Scene) -> None:
     low = await scene.submit(5, priority=-1)
     high = await scene.submit(5, priority=100)

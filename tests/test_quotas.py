@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from app import batches, quotas, tenants
+from app import batches, connections, quotas, resources, tenants
 from app.batches import Ingest, NewBatch, NewItem
 from app.db import Connection, Database
 from app.errors import QuotaError, TooLargeError
 from app.quotas import Amounts
+from app.resources import Resource
 from app.secrets import Keyring
-from app.tenants import Resource
 
 _BODY = b'{"messages":[{"role":"user","content":"hello"}]}'
 _ANY = Amounts(items=0, batches=0, bytes=0)
@@ -22,7 +22,7 @@ async def resource(db: Database) -> Resource:
     async with db.transaction() as conn:
         tenant = await tenants.create_workspace(conn, name="acme", environment="test")
         ids = {"workspace_id": tenant.workspace_id, "environment_id": tenant.environment_id}
-        connection_id = await tenants.create_connection(
+        connection_id = await connections.create(
             conn,
             keyring=Keyring(Keyring.generate()),
             name="fake",
@@ -33,7 +33,7 @@ async def resource(db: Database) -> Resource:
             workspace_id=tenant.workspace_id,
             environment_id=tenant.environment_id,
         )
-        resource_id = await tenants.create_resource(
+        resource_id = await resources.create(
             conn,
             connection_id=connection_id,
             name="small",
@@ -41,7 +41,7 @@ async def resource(db: Database) -> Resource:
             workspace_id=tenant.workspace_id,
             environment_id=tenant.environment_id,
         )
-        found = await tenants.resource(conn, resource_id=resource_id, **ids)
+        found = await resources.get(conn, resource_id=resource_id, **ids)
     assert found is not None
     return found
 

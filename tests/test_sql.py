@@ -94,6 +94,10 @@ ACROSS_TENANTS = {
     "the door: finds the tenant": {"api_keys.api_key_by_hash"},
     "a user's own list": {"workspaces.workspaces_of"},
     "the operator's command line": {"workspaces.workspaces_all", "tenants.environment_named"},
+    "rotation of secrets": {
+        "connections.secrets_of_other_keys",
+        "connections.secrets_by_key",
+    },
     "doctor": {
         "doctor.counters_off",
         "doctor.ledger_off",

@@ -13,11 +13,12 @@ from litestar.plugins.pydantic import PydanticPlugin
 
 from app.api import (
     batches,
+    connections,
     deliveries,
     errors,
     health,
     keys,
-    tenants,
+    resources,
     usage,
     webhook_endpoints,
     workspaces,
@@ -88,7 +89,8 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
                 route_handlers=[
                     batches.router,
                     deliveries.router,
-                    tenants.router,
+                    connections.router,
+                    resources.router,
                     keys.router,
                     workspaces.router,
                     webhook_endpoints.router,

@@ -251,8 +251,13 @@ async def batch_for(conn: Connection, key: Principal, batch_id: UUID) -> Batch:
             f"Completion Batch {batch_id} not found", code="COMPLETION_BATCH_NOT_FOUND"
         )
     if "*" not in key.resources:
-        used = await batches.resource_ids(conn, workspace_id=key.workspace_id, batch_id=batch_id)
-        require_resources(key, used)
+        used = await batches.resource_ids_of(
+            conn,
+            workspace_id=key.workspace_id,
+            batch_ids=[batch_id],
+            reader_id=key.api_key_id,
+        )
+        require_resources(key, used.get(batch_id, ()))
     return batch
 
 

@@ -17,7 +17,17 @@ from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import QueryParameter
 from litestar.response import Stream
 
-from app import api_keys, batches, capacity, forecast, items, queue, tenants, webhooks, workspaces
+from app import (
+    api_keys,
+    batches,
+    capacity,
+    forecast,
+    items,
+    queue,
+    resources,
+    webhooks,
+    workspaces,
+)
 from app.access import Principal
 from app.api import (
     described,
@@ -319,7 +329,7 @@ async def _resource_id(conn: Connection, key: Principal, reference: str) -> UUID
         return UUID(reference)
     except ValueError:
         name = query.text(reference, "resource") or ""
-    found = await tenants.resource_named(
+    found = await resources.named(
         conn, workspace_id=key.workspace_id, environment_id=key.environment_id, name=name
     )
     if found is None:
@@ -703,7 +713,10 @@ async def _visible(conn: Connection, key: Principal, rows: Sequence[Batch]) -> l
     if "*" in key.resources or not rows:
         return list(rows)
     used = await batches.resource_ids_of(
-        conn, workspace_id=key.workspace_id, batch_ids=[row.batch_id for row in rows]
+        conn,
+        workspace_id=key.workspace_id,
+        batch_ids=[row.batch_id for row in rows],
+        reader_id=key.api_key_id,
     )
     return [row for row in rows if all(key.may_use(r) for r in used.get(row.batch_id, ()))]
 

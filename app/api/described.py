@@ -33,6 +33,11 @@ def fields(required: Sequence[str], **properties: Schema) -> Schema:
     return Schema(type=OpenAPIType.OBJECT, required=list(required), properties=dict(properties))
 
 
+def several(items: Schema) -> Schema:
+    """An array."""
+    return Schema(type=OpenAPIType.ARRAY, items=items)
+
+
 def capacity() -> Schema:
     """Limits."""
     amount = Schema(type=OpenAPIType.INTEGER, minimum=0, description="null or 0: any number")

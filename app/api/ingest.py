@@ -25,7 +25,7 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, quotas, tenants, webhooks, workspaces
+from app import batches, capacity, forecast, quotas, resources, webhooks, workspaces
 from app.access import Principal
 from app.api import auth
 from app.api.context import Context
@@ -37,6 +37,7 @@ from app.api.wire_capacity import amounts, capacity_entries
 from app.api.wire_webhooks import CallbackOptions, callback_options
 from app.batches import Appraisal, Appraiser, BatchType, Ingest, NewBatch, NewItem
 from app.capacity import Amount
+from app.crossroads import crossroads
 from app.db import Connection
 from app.doorbell import EVENTS, WORK
 from app.errors import (
@@ -47,7 +48,7 @@ from app.errors import (
 )
 from app.forecast import Plan
 from app.log import Log
-from app.tenants import Resource
+from app.resources import Resource
 
 log = Log("api")
 
@@ -95,13 +96,13 @@ class _Message(msgspec.Struct):
 
 
 class _Vmx(msgspec.Struct, rename="camel"):
-    """What ``request.vmx`` may say. The last two are known, and refused with a reason."""
+    """What ``request.vmx`` may say. ``secondary_model_index``: see app.crossroads; the last is refused."""
 
     correlation_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
     metadata: dict[str, str] | None = None
     timeout_ms: Annotated[int, msgspec.Meta(ge=100, le=600_000)] | None = None
     provider_args: dict[str, Any] | None = None
-    secondary_model_index: object = None
+    secondary_model_index: Annotated[int, msgspec.Meta(ge=0)] | None = None
     resource_config_overrides: object = None
 
 
@@ -173,10 +174,18 @@ async def create_batch(context: Context, request: AnyRequest, key: Principal) ->
                 # So much is not written in vain. Whoever comes between now and the commit counts then.
                 added = quotas.Amounts(items=found.items, batches=1, bytes=0)
                 await quotas.look(conn, workspace_id=key.workspace_id, default=quota, added=added)
+            asked = {resource.resource_id: resource for resource in by_reference.values()}
             ingest = Ingest(
                 conn,
                 batch,
-                {resource.resource_id: resource for resource in by_reference.values()},
+                asked,
+                crossroads=await crossroads(
+                    conn,
+                    workspace_id=key.workspace_id,
+                    of=asked.values(),
+                    metadata=batch.metadata,
+                    guard_s=context.settings.guard_s,
+                ),
                 most_items=context.settings.max_items,
                 most_item_bytes=context.settings.max_item_bytes,
                 key_amounts=await _key_amounts(conn, key),
@@ -207,13 +216,21 @@ async def estimate_batch(context: Context, request: AnyRequest, key: Principal) 
         async with context.db.connection() as conn:
             expires_at = await _deadline(conn, head)
             key_amounts = await _key_amounts(conn, key)
-            resources = {resource.resource_id: resource for resource in by_reference.values()}
+            asked = {resource.resource_id: resource for resource in by_reference.values()}
             means = await forecast.output_means(
-                conn, workspace_id=key.workspace_id, resource_ids=list(resources)
+                conn, workspace_id=key.workspace_id, resource_ids=list(asked)
+            )
+            forks = await crossroads(
+                conn,
+                workspace_id=key.workspace_id,
+                of=asked.values(),
+                metadata=batch.metadata,
+                guard_s=context.settings.guard_s,
             )
         appraiser = Appraiser(
             batch,
-            resources,
+            asked,
+            crossroads=forks,
             most_item_bytes=context.settings.max_item_bytes,
             key_amounts=key_amounts,
             output_means=means,
@@ -586,8 +603,6 @@ def _wrong_in_request(raw: bytes) -> Iterator[tuple[str, str]]:
     vmx = request.vmx
     if vmx is None:
         return
-    if vmx.secondary_model_index is not None:
-        yield "request.vmx.secondaryModelIndex", "is not offered; name the other model's resource"
     if vmx.resource_config_overrides:
         yield (
             "request.vmx.resourceConfigOverrides",
@@ -638,7 +653,7 @@ async def _resolve(
     async with context.db.connection() as conn:
         for reference in asked:
             if isinstance(reference, UUID):
-                resource = await tenants.resource(
+                resource = await resources.get(
                     conn,
                     workspace_id=key.workspace_id,
                     environment_id=key.environment_id,
@@ -647,7 +662,7 @@ async def _resolve(
             elif "\0" in reference:
                 resource = None  # Postgres knows no such text
             else:
-                resource = await tenants.resource_named(
+                resource = await resources.named(
                     conn,
                     workspace_id=key.workspace_id,
                     environment_id=key.environment_id,

@@ -15,7 +15,7 @@ from litestar.di import Provide
 from litestar.openapi.spec import Example, Operation
 from litestar.params import Body, PathParameter, QueryParameter
 
-from app import access, api_keys, capacity, tenants
+from app import access, api_keys, capacity, resources
 from app.access import Principal
 from app.api import described, wire, wire_access, wire_capacity
 from app.api.auth import (
@@ -30,7 +30,7 @@ from app.api.auth import (
 )
 from app.api.context import Given
 from app.api.errors import AnyRequest, ErrorBody
-from app.api.limited import (
+from app.api.owned import (
     CHANGED,
     CHANGING,
     MOST_BODY,
@@ -321,12 +321,12 @@ def _permissions(caller: Principal, given: Sequence[str] | None) -> Sequence[str
     return given
 
 
-async def _require_known(conn: Connection, key: Principal, resources: Sequence[str]) -> None:
+async def _require_known(conn: Connection, key: Principal, allowed: Sequence[str]) -> None:
     """Refuse ids in an allowlist that are no resources of the environment."""
-    for each in resources:
+    for each in allowed:
         if each == "*":
             continue
-        found = await tenants.resource(
+        found = await resources.get(
             conn,
             workspace_id=key.workspace_id,
             environment_id=key.environment_id,

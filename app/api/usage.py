@@ -21,7 +21,7 @@ from litestar.openapi.spec.enums import OpenAPIType
 from litestar.params import PathParameter, QueryParameter
 from pydantic import BeforeValidator, Field, field_validator
 
-from app import batches, tenants, usage
+from app import batches, resources, usage
 from app.access import Principal
 from app.api import described, query, wire
 from app.api.auth import Caller, authenticate, require_resources, tenant_caller
@@ -627,7 +627,7 @@ async def error_rate(
 ) -> Response[bytes]:
     minutes = query.number(window, "window", default=10, least=1, most=1440)
     async with _thinking(context) as conn:
-        known = await tenants.resource(
+        known = await resources.get(
             conn,
             workspace_id=caller.workspace_id,
             environment_id=caller.environment_id,

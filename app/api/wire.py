@@ -3,9 +3,10 @@
 Answers are msgspec structs: one page may hold a thousand items. A request's body and a provider's
 reply are embedded as they were stored, to the letter: key order, numbers and escapes stay. What
 strangers send is pydantic's to validate. Names are camelCase, states upper case, times RFC 3339 in
-UTC with milliseconds. Each noun has a module of its own: wire_capacity, wire_tenants, wire_batches.
+UTC with milliseconds. Each noun has a module of its own, such as wire_capacity and wire_batches.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar, cast
 
@@ -129,6 +130,34 @@ def problems_of(error: PydanticError) -> list[Problem]:
             message = "is required"
         found.append(Problem(path=path or "body", message=message))
     return found
+
+
+def _is_same(given: object, shown: object) -> bool:
+    match given, shown:
+        case dict(), dict():
+            known = cast("Json", shown)
+            return all(_is_same(v, known.get(k)) for k, v in cast("Json", given).items())
+        case str(), _ if is_masked(given):
+            return shown in (None, MASK)
+        case _:
+            return given == shown or (not given and not shown)
+
+
+def is_masked(value: object) -> bool:
+    """Whether a value is what a secret is shown as: then the secret stays."""
+    return isinstance(value, str) and value.startswith(MASK[:4])
+
+
+def require_fixed(names: Sequence[str], given: Json, shown: Answer) -> None:
+    """Refuse a change of what cannot be changed; sent as it is shown, it is no change."""
+    known = cast("Json", msgspec.to_builtins(shown))
+    problems = [
+        Problem(path=name, message="cannot be changed; leave it out")
+        for name in names
+        if name in given and not _is_same(given[name], known.get(name))
+    ]
+    if problems:
+        raise ValidationError(problems)
 
 
 def object_of(body: bytes) -> Json:

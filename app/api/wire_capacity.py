@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -362,6 +362,14 @@ def capacity_entries(capacity: Sequence[CapacityEntry] | None) -> list[Json]:
         }
         for entry in capacity or ()
     ]
+
+
+def said(change: Sent, capacity: Sequence[CapacityEntry] | None) -> dict[str, Any]:
+    """What a change says, by the names of its row; limits as they are stored."""
+    fields = {name: getattr(change, name) for name in change.model_fields_set}
+    if "capacity" in fields:
+        fields["capacity"] = capacity_entries(capacity)
+    return fields
 
 
 def amounts(capacity: Sequence[CapacityEntry] | None) -> list[Amount]:

@@ -15,7 +15,7 @@ from app.api import wire, wire_access
 from app.api.auth import Visiting, Visitor, authenticate, visitor
 from app.api.context import Given
 from app.api.errors import AnyRequest, ErrorBody
-from app.api.limited import CHANGING, MOST_BODY, Answer, answer, created, unique
+from app.api.owned import CHANGING, MOST_BODY, Answer, answer, created, unique
 from app.errors import ForbiddenError, NotFoundError, Problem, ValidationError
 from app.log import Log
 from app.workspaces import Environment, Workspace

@@ -8,7 +8,8 @@
     workspaces   tenants, in the database itself                  workspaces
     demo         three hundred tickets and a simulated provider   demo
     simulate     that provider by itself                          simulate
-    migrate, doctor, explain, db                                  upkeep
+    connections, resources   a server's accounts and models       connections, client
+    migrate, secrets, doctor, explain, db                         upkeep
     (all)        the database and keys that the settings name     store
     (all)        event loop and signals                           processes
 
@@ -43,7 +44,10 @@ _MODULES: Final[Mapping[str, str]] = MappingProxyType(
         "batches": "batches",
         "keys": "keys",
         "workspaces": "workspaces",
+        "connections": "connections",
+        "resources": "connections",
         "migrate": "upkeep",
+        "secrets": "upkeep",
         "doctor": "upkeep",
         "simulate": "simulate",
         "db": "upkeep",

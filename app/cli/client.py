@@ -26,6 +26,9 @@ _KINDS: Final = {"inputTokens": "input tokens", "outputTokens": "output tokens"}
 
 Decoded = TypeVar("Decoded")
 
+Kind = Literal["connection", "resource"]
+JsonObject = dict[str, object]
+
 Status = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
 
 
@@ -208,6 +211,11 @@ class _Retried(msgspec.Struct, rename="camel"):
     batch: Batch
 
 
+class _Listed(msgspec.Struct, rename="camel"):
+    data: list[JsonObject]
+    next_cursor: str | None
+
+
 class _Refusal(msgspec.Struct, rename="camel"):
     error_message: str = ""
     error_code: str = ""
@@ -349,6 +357,38 @@ class Server:
         path = f"/v1/completion-batch/{self._tenant()}/{batch_id}"
         headers = {"content-type": "application/json"}
         return self._ask("PATCH", path, Batch, content=msgspec.json.encode(change), headers=headers)
+
+    # Connections and resources: shown as they come.
+
+    def listed(self, kind: Kind) -> list[JsonObject]:
+        """All connections or resources."""
+        found: list[JsonObject] = []
+        cursor: str | None = None
+        while True:
+            params = {"cursor": cursor} if cursor is not None else {}
+            path = f"/v1/ai-{kind}/{self._tenant()}"
+            page = self._ask("GET", path, _Listed, params=params)
+            found += page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return found
+
+    def read(self, kind: Kind, of: UUID) -> JsonObject:
+        """A connection or resource."""
+        return self._ask("GET", f"/v1/ai-{kind}/{self._tenant()}/{of}", JsonObject)
+
+    def make(self, kind: Kind, body: JsonObject) -> JsonObject:
+        """A new connection or resource."""
+        return self._post(f"/v1/ai-{kind}/{self._tenant()}", body, JsonObject)
+
+    def try_out(self, kind: Kind, of: UUID, body: JsonObject | None) -> JsonObject:
+        """What one real call of a connection or resource finds."""
+        return self._post(f"/v1/ai-{kind}/{self._tenant()}/{of}/test", body, JsonObject)
+
+    def remove(self, kind: Kind, of: UUID, *, force: bool) -> None:
+        """Delete a connection or resource; with ``force`` what it is in use for is ended."""
+        params = {"force": "true" if force else "false"}
+        self._ask("DELETE", f"/v1/ai-{kind}/{self._tenant()}/{of}", type(None), params=params)
 
     def items(self, batch_id: UUID) -> Iterator[Item]:
         """Every item in order."""

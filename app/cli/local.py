@@ -21,7 +21,7 @@ from uuid import UUID
 
 import click
 
-from app import batches, capacity, items, queue, tenants
+from app import batches, capacity, connections, items, queue, resources, tenants
 from app.batches import TERMINAL, Batch, Ingest, NewBatch, NewItem, RunBatch
 from app.capacity import Amount
 from app.cli import INTERRUPTED, TERMINATED
@@ -35,8 +35,8 @@ from app.errors import InputError, SecretError, UsageError
 from app.inputs import Input, Row, digest
 from app.items import Result
 from app.maintenance import Maintenance
+from app.resources import Resource
 from app.supervision import Supervisor
-from app.tenants import Resource
 from app.worker import Worker
 
 #: Where questions go when nothing else is said.
@@ -217,14 +217,14 @@ class _Run:
             )
             timeout_ms = None if job.timeout_s is None else round(job.timeout_s * 1000)
             name = f"{job.model} at {job.base_url}"
-            found = await tenants.resource_named(
+            found = await resources.named(
                 conn,
                 workspace_id=place.workspace_id,
                 environment_id=place.environment_id,
                 name=name,
             )
             if found is None:
-                resource_id = await tenants.create_resource(
+                resource_id = await resources.create(
                     conn,
                     workspace_id=place.workspace_id,
                     environment_id=place.environment_id,
@@ -235,7 +235,7 @@ class _Run:
                 )
             else:
                 resource_id = found.resource_id
-                await tenants.set_timeout(
+                await resources.set_timeout(
                     conn,
                     workspace_id=place.workspace_id,
                     resource_id=resource_id,
@@ -247,7 +247,7 @@ class _Run:
                 scope_id=resource_id,
                 amounts=[Amount(period="minute", requests=job.rpm, tokens=job.tpm)],
             )
-            resource = await tenants.resource(
+            resource = await resources.get(
                 conn,
                 workspace_id=place.workspace_id,
                 environment_id=place.environment_id,
@@ -264,13 +264,13 @@ class _Run:
         self, conn: Connection, *, workspace_id: UUID, environment_id: UUID
     ) -> UUID:
         job, keyring = self._job, self._store.keyring
-        found = await tenants.connection_named(
+        found = await connections.named(
             conn, workspace_id=workspace_id, environment_id=environment_id, name=job.base_url
         )
         if job.key is None and job.base_url == OPENAI and (found is None or found.secret is None):
             raise UsageError(f"{OPENAI} needs a key: set OPENAI_API_KEY, or give --api-key.")
         if found is None:
-            return await tenants.create_connection(
+            return await connections.create(
                 conn,
                 keyring=keyring,
                 workspace_id=workspace_id,
@@ -282,13 +282,13 @@ class _Run:
                 timeout_ms=self._settings.default_timeout_ms,
             )
         try:
-            held = tenants.open_secret(keyring, found)
+            held = connections.open_secret(keyring, found)
         except SecretError:
             if job.key is None:
                 raise
             held = None
         if job.key is not None and job.key != held:
-            await tenants.set_secret(
+            await connections.set_secret(
                 conn,
                 keyring=keyring,
                 workspace_id=workspace_id,

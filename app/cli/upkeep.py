@@ -1,4 +1,4 @@
-"""Commands about the database: ``migrate``, ``doctor``, ``explain``, ``db``."""
+"""Commands about the database: ``migrate``, ``doctor``, ``explain``, ``db``, ``secrets``."""
 
 import contextlib
 import re
@@ -7,14 +7,16 @@ import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from uuid import UUID
 
 import click
 import psycopg
 
+from app import connections, embedded, settings
 from app import doctor as physician
-from app import embedded, settings
 from app import migrate as migrations
 from app.cli.processes import log_for_person, run_async
+from app.cli.store import Store, open_store
 from app.db import folder, statements, unavailable
 from app.embedded import Embedded
 from app.errors import SecretError, SluiceError, UsageError
@@ -46,6 +48,44 @@ def migrate() -> None:
         applied = migrations.migrate(url)
         done = f"applied {', '.join(applied)}" if applied else "nothing was missing"
         click.echo(f"The database is at revision {migrations.head()} ({done}).")
+
+
+@click.group()
+def secrets() -> None:
+    """Look after the keys that seal the providers' secrets."""
+
+
+@secrets.command()
+def rotate() -> None:
+    """Seal every provider's secret anew with the first key of SLUICE_SECRET_KEY. Safe to repeat.
+
+    Put the new key first and keep the old one behind it; when this has ended with exit code 0, the
+    old one may go.
+    """
+    known = settings.load()
+    log_for_person(known)
+    with open_store(known, migrating=False) as store:
+        done = run_async(_rotate(store))
+    click.echo(f"Sealed {done.resealed:,} secrets anew with the key '{store.keyring.key_id}'.")
+    for name in done.unreadable:
+        click.echo(f"✗ {name}", err=True)
+    raise SystemExit(1 if done.unreadable else 0)
+
+
+async def _rotate(store: Store) -> connections.Resealed:
+    """In steps of one transaction each, so that a rotation that is broken off is gone on with."""
+    resealed, unreadable = 0, list[str]()
+    after: tuple[UUID, UUID] | None = None
+    async with store.database("rotate") as db:
+        while True:
+            async with db.transaction() as conn:
+                step = await connections.reseal(conn, keyring=store.keyring, after=after)
+            resealed += step.resealed
+            unreadable += step.unreadable
+            after = step.after
+            if after is None:
+                break
+    return connections.Resealed(resealed=resealed, unreadable=unreadable, after=None)
 
 
 @click.command()

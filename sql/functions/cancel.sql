@@ -42,7 +42,7 @@ begin
         unmarked = f.pending,
         pending = 0,
         unstarted = 0
-    where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.is_open;
+    where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id;
     update batches b
     set status = 'cancelled', cancelled_at = v_now
     where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
@@ -125,7 +125,7 @@ begin
             on conflict do nothing
         )
         select array_agg(row(null::int, h.workspace_id, h.batch_day, h.batch_id, h.resource_id, h.seq,
-            h.attempt, h.status, 'cancelled', 'cancelled', null::timestamptz, h.failures, h.crashes)::settled_item
+            h.attempt, h.status, 'cancelled', 'cancelled', null::timestamptz, h.failures, h.crashes, null::uuid)::settled_item
             order by h.seq)
         into v_changed
         from held h;

@@ -286,7 +286,9 @@ begin
         join limits l on l.workspace_id = f.workspace_id
             and l.scope_id = any (array[r.connection_id, r.resource_id] || f.scope_ids)
             and l.dimension is not null
-        where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.is_open
+        where f.workspace_id = p_workspace_id
+            and f.batch_id = p_batch_id
+            and b.completed_at is null
         order by f.resource_id, l.limit_id
     loop
         v_scope_id := md5(v_limit.limit_id::text || ' ' || v_limit.value)::uuid;

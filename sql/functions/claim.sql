@@ -183,18 +183,26 @@ begin
 
     -- 2. Whose turn it is: the first 64 flows, and the first eight of lower priorities. One that waits only for
     -- later retries, or for a limit of its own, takes no place.
-    with due as materialized (
-        select f.batch_id, f.batch_day, f.priority, greatest(f.virtual_time, e.entry) as virtual_time, e.entry,
-            f.floor, f.scope_ids,
-            f.weight * urgency(f.created_at, f.expires_at, v_now) as weight, f.total - f.unstarted as started,
-            case when f.completed >= 20 then f.output_tokens::double precision / f.completed
-                else v_output_mean end as mean_output_tokens
+    -- Of all flows only what orders them is read (10,000 of a resource take some ms); of those taken everything.
+    with waited as materialized (
+        -- What waited for a limit of its own has saved up nothing.
+        select w.priority, flow_entry(p_workspace_id, p_resource_id, w.priority) as entry
+        from (
+            select distinct f.priority
+            from flows f
+            where f.workspace_id = p_workspace_id
+                and f.resource_id = p_resource_id
+                and f.is_open
+                and f.waits_for is not null
+                and f.waits_until <= v_now
+        ) w
+    ),
+    due as materialized (
+        select f.ctid as version, f.batch_id, f.priority,
+            case when f.waits_for is null then f.virtual_time else greatest(f.virtual_time, (
+                select w.entry from waited w where w.priority = f.priority
+            )) end as virtual_time
         from flows f
-        cross join lateral (
-            -- What waited for a limit of its own has saved up nothing.
-            select case when f.waits_for is not null
-                then flow_entry(f.workspace_id, f.resource_id, f.priority) end as entry
-        ) e
         where f.workspace_id = p_workspace_id
             and f.resource_id = p_resource_id
             and f.is_open
@@ -205,8 +213,10 @@ begin
             and coalesce(f.expires_at, 'infinity') > v_now
             and (
                 f.unstarted > 0
-                or exists (
-                    select from items i
+                -- Not exists: that may be hashed, and then reads every item of all tenants that is to be tried again.
+                or (
+                    select true
+                    from items i
                     where i.workspace_id = f.workspace_id
                         and i.batch_day = f.batch_day
                         and i.batch_id = f.batch_id
@@ -214,6 +224,7 @@ begin
                         and i.status = 'pending'
                         and i.attempt > 0
                         and i.visible_at <= v_now
+                    limit 1
                 )
             )
     ),
@@ -228,11 +239,19 @@ begin
         )
     )
     select array_agg(
-        row(r.batch_id, r.batch_day, r.priority, r.weight, r.virtual_time, r.entry, r.started, r.floor, r.flows,
-            r.mean_output_tokens, r.scope_ids, null)::claim_flow
+        row(f.batch_id, f.batch_day, f.priority, f.weight * urgency(f.created_at, f.expires_at, v_now),
+            r.virtual_time, case when f.waits_for is not null then r.virtual_time end, f.total - f.unstarted,
+            f.floor, r.flows,
+            case when f.completed >= 20 then f.output_tokens::double precision / f.completed
+                else v_output_mean end,
+            f.scope_ids, null)::claim_flow
         order by r.priority desc, r.virtual_time, r.batch_id)
     into v_flows
-    from (select ranked.*, count(*) over ()::int as flows from ranked) r
+    from (
+        select ranked.*, count(*) over (partition by ranked.priority)::int as flows from ranked
+    ) r
+    -- The same snapshot sees the same version: no second walk through those that a held snapshot keeps.
+    join flows f on f.ctid = r.version
     where v_blocked_until <= v_now;
 
     -- 3. The mutexes of the flows' own limits; what another claim holds is left out of this round.
@@ -371,8 +390,9 @@ begin
                         and i.attempt > 0
                         and i.visible_at <= v_now
                     order by i.visible_at, i.seq
-                    -- Enough that few flows fill the worker, bounded when there are many.
-                    limit greatest(16, 4 * v_want / f.flows + 1)
+                    -- Enough that few flows fill the worker, bounded when there are many of their priority.
+                    -- What a heavy one could not take now it takes next: its virtual time lags behind.
+                    limit greatest(16, 2 * v_want / f.flows + 1)
                 )
                 union all
                 (
@@ -386,7 +406,7 @@ begin
                         and i.attempt = 0
                         and i.seq >= f.floor
                     order by i.seq
-                    limit least(v_want, greatest(16, 4 * v_want / f.flows + 1))
+                    limit least(v_want, greatest(16, 2 * v_want / f.flows + 1))
                 )
             ) c
         ),

@@ -64,7 +64,7 @@ begin
         select f.* from first f
     )
     select array_agg(row(null::int, h.workspace_id, h.batch_day, h.batch_id, h.resource_id, h.seq, h.attempt,
-        h.status, 'failed', 'expired', null::timestamptz, h.failures, h.crashes)::settled_item
+        h.status, 'failed', 'expired', null::timestamptz, h.failures, h.crashes, null::uuid)::settled_item
         order by h.seq)
     into v_changed
     from held h;

@@ -71,7 +71,7 @@ begin
         case when h.crashes_alone + h.alone::int >= p_max_crashes then 'failed' else 'pending' end,
         case when h.crashes_alone + h.alone::int >= p_max_crashes then 'crashed' end,
         case when h.crashes_alone + h.alone::int < p_max_crashes then v_now + p_wait end,
-        h.failures, h.crashes + 1)::settled_item order by h.seq)
+        h.failures, h.crashes + 1, null::uuid)::settled_item order by h.seq)
     into v_changed
     from held h;
     if v_changed is null then

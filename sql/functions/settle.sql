@@ -15,6 +15,10 @@
 --
 -- What a refused call is charged: its request, which providers count all the same, and no tokens.
 --
+-- Fallbacks. Where the resource's owner names another model for such an outcome (fallback_of), the item is not failed
+-- or left waiting but moves to that model's flow of the same batch: pending there at once, with fresh failures. The
+-- flows of all models were made with the batch, so that whoever locks a batch's flows locks them all.
+--
 -- p_observed: what replies stated of the provider's limits (observe_limits); p_rest_s: how long a model rests that
 -- refused calls without saying how long, doubled with every refusal in a row up to p_rest_most_s.
 --
@@ -45,6 +49,7 @@ declare
     v_observed record;
     v_changed settled_item[];
     v_becomes work_status[];
+    v_resources uuid[];
     v_unsettled int[];
     v_differences jsonb;
     v_freed uuid[];
@@ -58,11 +63,11 @@ begin
     -- 1. Lock, then look: the items of these outcomes, and which of them may change how.
     with given as materialized (
         select p_workspace_id as workspace_id, g.ord, g.batch_day, g.batch_id, g.seq, g.attempt,
-            g.outcome, g.wait_s
+            g.outcome, g.wait_s, g.status_code, g.error_code
         from unnest(v_given) g
     ),
     held as materialized (
-        select g.ord, g.outcome, g.wait_s, i.batch_day, i.batch_id, i.seq, i.resource_id, i.status,
+        select g.ord, g.outcome, g.wait_s, g.status_code, g.error_code, i.batch_day, i.batch_id, i.seq, i.resource_id, i.status,
             i.attempt, i.failures, i.crashes, i.max_attempts,
             i.status = 'running' and i.attempt = g.attempt as current, g.attempt as given_attempt
         from given g
@@ -81,7 +86,7 @@ begin
         ) as choice
         from held h
     ),
-    decided as materialized (
+    judged as materialized (
         select h.*,
             case
                 when choice > 1 then null
@@ -100,6 +105,29 @@ begin
                 else 'pending'
             end::work_status as becomes
         from ranked h
+    ),
+    decided as materialized (
+        select j.ord, j.outcome, j.wait_s, j.batch_day, j.batch_id, j.seq, j.resource_id, j.status, j.attempt,
+            j.failures, j.crashes, j.given_attempt, n.moves_to,
+            case when n.moves_to is null then j.becomes else 'pending' end as becomes
+        from judged j
+        cross join lateral (
+            select case
+                when j.becomes in ('failed', 'pending') and j.outcome in ('rejected', 'unreachable', 'throttled')
+                then fallback_of(p_workspace_id, j.batch_id, j.resource_id, j.outcome, j.becomes,
+                    j.status_code, j.error_code, j.wait_s)
+            end as moves_to
+        ) n
+    ),
+    each_one as materialized (
+        select p_workspace_id as workspace_id, ord, max(becomes) as becomes, bool_or(is_held) as is_held,
+            (array_agg(resource_id) filter (where becomes is not null))[1] as resource_id
+        from (
+            select ord, null::work_status as becomes, null::uuid as resource_id, false as is_held from given
+            union all
+            select ord, becomes, resource_id, true from decided
+        ) either
+        group by ord
     )
     select (
             select array_agg(row(ord, p_workspace_id, batch_day, batch_id, resource_id, seq, attempt, status, becomes,
@@ -108,44 +136,38 @@ begin
                     when becomes = 'failed' and outcome = 'unreachable' then 'exhausted'
                     when becomes = 'failed' then outcome::text
                 end::ended_reason,
-                case when becomes = 'pending'
-                    then v_now + make_interval(secs => coalesce(wait_s, 0)) end,
-                failures + (outcome = 'unreachable')::int, crashes)::settled_item
+                case when becomes = 'pending' then v_now + make_interval(
+                    secs => case when moves_to is null then coalesce(wait_s, 0) else 0 end) end,
+                case when moves_to is null then failures + (outcome = 'unreachable')::int else 0 end, crashes,
+                moves_to)::settled_item
                 order by batch_day, batch_id, seq)
             from decided
             where becomes is not null
         ),
         -- By position, so that what follows looks a transition up instead of joining.
+        (select array_agg(becomes order by ord) from each_one),
+        (select array_agg(resource_id order by ord) from each_one),
+        -- Locked by somebody else: to be brought again. (What does not exist any more is not.) Looked up, not
+        -- joined: a nested loop would go through all of them for every one.
         (
-            select array_agg(becomes order by ord)
-            from (
-                select ord, max(becomes) as becomes
-                from (
-                    select ord, null::work_status as becomes from given
-                    union all
-                    select ord, becomes from decided
-                ) either
-                group by ord
-            ) each_one
-        ),
-        -- Locked by somebody else: to be brought again. (What does not exist any more is not.)
-        (
-            select array_agg(s.ord)
-            from (select ord from given except select ord from held) s
-            join given g on g.ord = s.ord
-            where exists (
-                select from items i
-                where i.workspace_id = g.workspace_id
-                    and i.batch_day = g.batch_day
-                    and i.batch_id = g.batch_id
-                    and i.seq = g.seq
-            )
+            select array_agg(e.ord)
+            from each_one e
+            where not e.is_held
+                and (
+                    select true
+                    from items i
+                    where i.workspace_id = e.workspace_id
+                        and i.batch_day = (v_given[e.ord]).batch_day
+                        and i.batch_id = (v_given[e.ord]).batch_id
+                        and i.seq = (v_given[e.ord]).seq
+                    limit 1
+                )
         ),
         exists (
             select from decided
             where becomes = 'completed' and status = 'running' and attempt <> given_attempt
         )
-    into v_changed, v_becomes, v_unsettled, v_superseded;
+    into v_changed, v_becomes, v_resources, v_unsettled, v_superseded;
     v_unsettled := coalesce(v_unsettled, '{}');
 
     -- 2. Attempts, each once; what they give back to the ledger.
@@ -289,7 +311,8 @@ begin
         select jsonb_agg(jsonb_build_object('batch_id', g.batch_id, 'resource_id', g.resource_id,
             'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens, 'drift', g.drift))
         from (
-            select o.batch_id, o.resource_id,
+            -- By the flow that the item is in: a late answer may be that of a model it has left.
+            select o.batch_id, v_resources[o.ord] as resource_id,
                 coalesce(sum(o.input_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
                     as input_tokens,
                 coalesce(sum(o.output_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
@@ -302,7 +325,7 @@ begin
                 end) as drift
             from unnest(v_given) o
             where v_becomes[o.ord] is not null
-            group by o.batch_id, o.resource_id
+            group by o.batch_id, v_resources[o.ord]
         ) g
     ));
 
@@ -322,6 +345,43 @@ $$;
 comment on function settle(uuid, uuid, json, text[], json, double precision, double precision) is
     'Record the outcomes of calls. See sql/functions/settle.sql.';
 
+-- The model to ask next after an outcome, of those that an owner's resource names as its fallbacks; null: none. Only
+-- one that the batch knows since its creation, and never one before the present: a list ends.
+--
+-- fallback_on: exhausted (no try is left), statusCodes and errorCodes (at once), throttledMs (the provider asked to
+-- wait for longer).
+create or replace function fallback_of(
+    p_workspace_id uuid, p_batch_id uuid, p_resource_id uuid, p_outcome attempt_outcome, p_becomes work_status,
+    p_status_code smallint, p_error_code text, p_wait_s double precision
+)
+returns uuid
+language sql stable
+as $$
+    select n.resource_id
+    from resources r
+    join resources o on o.workspace_id = r.workspace_id and o.resource_id = coalesce(r.owner_id, r.resource_id)
+    cross join lateral unnest(o.fallback_ids) with ordinality as n (resource_id, position)
+    where r.workspace_id = p_workspace_id
+        and r.resource_id = p_resource_id
+        and o.use_fallback
+        and n.position > coalesce(array_position(o.fallback_ids, p_resource_id), 0)
+        and (
+            p_outcome = 'unreachable' and p_becomes = 'failed' and (o.fallback_on ->> 'exhausted')::boolean
+            or o.fallback_on -> 'statusCodes' @> to_jsonb(p_status_code)
+            or o.fallback_on -> 'errorCodes' @> to_jsonb(p_error_code)
+            or p_outcome = 'throttled' and p_wait_s * 1000 > (o.fallback_on ->> 'throttledMs')::double precision
+        )
+        and exists (
+            select from flows f
+            where f.workspace_id = o.workspace_id and f.batch_id = p_batch_id and f.resource_id = n.resource_id
+        )
+    order by n.position
+    limit 1
+$$;
+comment on function fallback_of(
+    uuid, uuid, uuid, attempt_outcome, work_status, smallint, text, double precision
+) is 'The model to ask next after an outcome, if its resource names one.';
+
 -- Write the new state of items whose rows the caller has locked.
 create or replace function items_change(
     p_workspace_id uuid, p_changed settled_item[], p_now timestamptz
@@ -333,6 +393,7 @@ as $$
     set status = c.becomes,
         ended_reason = c.reason,
         ended_at = case when c.becomes = 'pending' then null else p_now end,
+        resource_id = coalesce(c.moves_to, i.resource_id),
         visible_at = coalesce(c.visible_at, i.visible_at),
         failures = c.failures,
         crashes = c.crashes,
@@ -385,9 +446,12 @@ begin
         join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
         group by l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at)
     ) d
-    where d.is_outside or exists (
-        select from ledger h
+    -- Not exists: beside an or it may be hashed, and then reads every slot of the workspace.
+    where d.is_outside or (
+        select true
+        from ledger h
         where h.workspace_id = d.workspace_id and h.limit_id = d.limit_id and h.slot_at = d.slot_at
+        limit 1
     )
     order by d.limit_id, d.slot_at
     on conflict on constraint ledger_pkey do update
@@ -434,6 +498,8 @@ begin
             where f.workspace_id = p_workspace_id and f.is_open and f.waits_for = any (p_freed)
             union
             select p_workspace_id, c.batch_id, c.resource_id from unnest(p_changed) c
+            union
+            select p_workspace_id, c.batch_id, c.moves_to from unnest(p_changed) c
         ) c
         join flows f on f.workspace_id = c.workspace_id
             and f.batch_id = c.batch_id
@@ -453,7 +519,11 @@ begin
     -- Rows are locked in key order by statements of their own and then changed all at once: a settling may touch
     -- hundreds of flows.
     perform 1
-    from (select distinct p_workspace_id as workspace_id, o.batch_id, o.resource_id from unnest(p_changed) o) c
+    from (
+        select p_workspace_id as workspace_id, o.batch_id, o.resource_id from unnest(p_changed) o
+        union
+        select p_workspace_id, o.batch_id, o.moves_to from unnest(p_changed) o
+    ) c
     join flows f on f.workspace_id = c.workspace_id
         and f.batch_id = c.batch_id
         and f.resource_id = c.resource_id
@@ -468,10 +538,21 @@ begin
                 count(*) filter (where was = 'running')::int as left_running,
                 count(*) filter (where was = 'pending')::int as left_pending,
                 count(*) filter (where was = 'pending' and attempt = 0)::int as left_unstarted,
+                -- What comes from another model waits here as what returns does.
                 count(*) filter (where becomes = 'pending')::int as to_pending,
                 count(*) filter (where becomes = 'completed')::int as to_completed,
-                count(*) filter (where becomes = 'failed')::int as to_failed
-            from unnest(p_changed)
+                count(*) filter (where becomes = 'failed')::int as to_failed,
+                count(*) filter (where was is null)::int as come,
+                count(*) filter (where becomes is null)::int as gone
+            from (
+                select n.batch_id, n.resource_id, n.batch_day, n.was, n.attempt,
+                    case when n.moves_to is null then n.becomes end as becomes
+                from unnest(p_changed) n
+                union all
+                select n.batch_id, n.moves_to, n.batch_day, null, null, n.becomes
+                from unnest(p_changed) n
+                where n.moves_to is not null
+            ) either
             group by batch_id, resource_id
         ) c
         left join jsonb_to_recordset(p_usage) as u (
@@ -496,7 +577,8 @@ begin
             unmarked = f.unmarked + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end,
             completed = f.completed + c.to_completed,
             failed = f.failed + c.to_failed,
-            retries = f.retries + c.to_pending,
+            total = f.total + c.come - c.gone,
+            retries = f.retries + c.to_pending - c.come + c.gone,
             input_tokens = f.input_tokens + c.input_tokens,
             output_tokens = f.output_tokens + c.output_tokens,
             virtual_time = greatest(
@@ -510,9 +592,7 @@ begin
             -- A limit of its own may have room now.
             waits_until = '-infinity',
             waits_for = null,
-            is_open = f.total > f.completed + f.failed + f.cancelled + c.to_completed + c.to_failed
-                + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end
-                or f.unmarked + case when f.is_cancelled then c.to_pending - c.left_pending else 0 end > 0
+            is_open = f.running - c.left_running + f.pending + f.unmarked + c.to_pending - c.left_pending > 0
         from changed c
         where f.workspace_id = c.workspace_id and f.batch_id = c.batch_id and f.resource_id = c.resource_id
     )
@@ -589,9 +669,15 @@ begin
             select o.resource_id,
                 case when o.resource_id = c.resource_id then c.due_at end as due_at
             from (
-                select c.resource_id, min(c.visible_at) filter (where c.becomes = 'pending') as due_at
-                from unnest(p_changed) c
-                group by c.resource_id
+                select n.resource_id, min(n.due_at) as due_at
+                from (
+                    select c.resource_id, case when c.becomes = 'pending' and c.moves_to is null
+                        then c.visible_at end as due_at
+                    from unnest(p_changed) c
+                    union all
+                    select c.moves_to, c.visible_at from unnest(p_changed) c where c.moves_to is not null
+                ) n
+                group by n.resource_id
             ) c
             join resources r on r.workspace_id = p_workspace_id and r.resource_id = c.resource_id
             join resources o on o.workspace_id = r.workspace_id and o.connection_id = r.connection_id
@@ -653,8 +739,10 @@ as $$
     cross join lateral (
         select f.waits_for is null and (
             f.unstarted > 0
-            or f.pending > 0 and exists (
-                select from items i
+            -- Not exists: see the same in claim.
+            or f.pending > 0 and coalesce((
+                select true
+                from items i
                 where i.workspace_id = f.workspace_id
                     and i.batch_day = f.batch_day
                     and i.batch_id = f.batch_id
@@ -662,7 +750,8 @@ as $$
                     and i.status = 'pending'
                     and i.attempt > 0
                     and i.visible_at <= clock_timestamp()
-            )
+                limit 1
+            ), false)
         ) as is_next
     ) n
     where f.workspace_id = p_workspace_id

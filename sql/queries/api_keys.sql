@@ -98,3 +98,29 @@ set last_used_at = clock()
 where workspace_id = %(workspace_id)s
     and api_key_id = %(api_key_id)s
     and (last_used_at is null or last_used_at < clock() - interval '1 minute');
+
+-- name: api_key_allow
+-- Add a resource to keys of the environment; the keys that now have it.
+update api_keys
+set resources = case when resources && array['*', %(resource)s::text] then resources
+        else resources || %(resource)s::text end,
+    updated_at = clock()
+where workspace_id = %(workspace_id)s
+    and environment_id = %(environment_id)s
+    and api_key_id = any (%(api_key_ids)s::uuid[])
+    and deleted_at is null
+returning api_key_id;
+
+-- name: api_keys_disallow
+-- Strip resources that are being deleted from the allowlists of keys. Locks the keys in order.
+with held as (
+    select k.workspace_id, k.api_key_id
+    from api_keys k
+    where k.workspace_id = %(workspace_id)s and k.resources && %(resources)s::text[]
+    order by k.api_key_id
+    for no key update
+)
+update api_keys k
+set resources = array(select r from unnest(k.resources) r where r <> all (%(resources)s::text[]))
+from held h
+where k.workspace_id = h.workspace_id and k.api_key_id = h.api_key_id;

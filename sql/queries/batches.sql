@@ -15,14 +15,15 @@ values (
 );
 
 -- name: flows_insert
--- Store a batch's flows. A new flow enters at the virtual time of the flow served next.
+-- Store a batch's flows. A new flow enters at the virtual time of the flow served next. One without items is for
+-- what may fall back to its model.
 insert into flows (
     workspace_id, batch_id, resource_id, batch_day, priority, weight, expires_at, scope_ids, virtual_time,
-    total, unstarted, pending, request_bytes
+    total, unstarted, pending, request_bytes, is_open
 )
 select %(workspace_id)s, %(batch_id)s, g.resource_id, %(batch_day)s, %(priority)s, %(weight)s, %(expires_at)s,
     %(scope_ids)s, flow_entry(%(workspace_id)s, g.resource_id, %(priority)s::smallint), g.items, g.items, g.items,
-    g.request_bytes
+    g.request_bytes, g.items > 0
 from unnest(%(resource_ids)s::uuid[], %(items)s::int[], %(request_bytes)s::bigint[]) as g (resource_id, items, request_bytes)
 order by g.resource_id;
 
@@ -211,11 +212,16 @@ from held h
 where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
 
 -- name: batches_resources
--- The resources that each of some batches uses.
-select batch_id, array_agg(resource_id order by resource_id) as resource_ids
-from flows
-where workspace_id = %(workspace_id)s and batch_id = any (%(batch_ids)s::uuid[])
-group by batch_id;
+-- The resources that the items of each of some batches asked, by the names they had: of an alternate its owner. One that
+-- was deleted is in nobody's allowlist any more; it is left out for the key that created the batch.
+select f.batch_id, array_agg(distinct coalesce(r.owner_id, f.resource_id)) as resource_ids
+from flows f
+join batches b on b.workspace_id = f.workspace_id and b.batch_id = f.batch_id
+left join resources r on r.workspace_id = f.workspace_id and r.resource_id = f.resource_id
+where f.workspace_id = %(workspace_id)s
+    and f.batch_id = any (%(batch_ids)s::uuid[])
+    and not (r.resource_id is null and b.created_by_api_key_id is not distinct from %(reader_id)s::uuid)
+group by f.batch_id;
 
 -- name: run_batches
 -- The batches of one run of the command line, generation by generation, in the order of their rows.

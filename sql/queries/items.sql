@@ -161,7 +161,10 @@ with found as materialized (
         and i.batch_day = %(batch_day)s
         and i.seq = any (%(seqs)s::int[])
 )
-select i.workspace_id, i.batch_id, i.seq, i.resource_id, i.status, i.ended_reason::text as ended_reason, i.attempt,
+select i.workspace_id, i.batch_id, i.seq, coalesce((
+        select r.owner_id from resources r
+        where r.workspace_id = i.workspace_id and r.resource_id = i.resource_id
+    ), i.resource_id) as resource_id, i.status, i.ended_reason::text as ended_reason, i.attempt,
     i.failures, i.max_attempts, i.input_tokens as estimated_input_tokens, i.visible_at,
     coalesce(i.claimed_at, a.claimed_at) as claimed_at, i.ended_at, i.created_at, q.custom_id, q.vmx, q.request,
     r.response, r.headers, r.status_code, r.input_tokens, r.output_tokens, r.model, a.connection_id, k.provider,

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from litestar import Litestar
 
-from app import api_keys, queue, tenants
+from app import api_keys, connections, queue, resources, tenants
 from app.api import application
 from app.api.context import Context
 from app.api.streams import Hub
@@ -312,7 +312,7 @@ async def service_on(server: Server) -> AsyncGenerator[Service]:
     async with server.db.transaction() as conn:
         environment = await tenants.create_workspace(conn, name="acme", environment="test")
         workspace_id, environment_id = environment.workspace_id, environment.environment_id
-        connection_id = await tenants.create_connection(
+        connection_id = await connections.create(
             conn,
             workspace_id=workspace_id,
             environment_id=environment_id,
@@ -323,7 +323,7 @@ async def service_on(server: Server) -> AsyncGenerator[Service]:
             secret="sk-secret",
             timeout_ms=1000,
         )
-        resource_id = await tenants.create_resource(
+        resource_id = await resources.create(
             conn,
             workspace_id=workspace_id,
             environment_id=environment_id,

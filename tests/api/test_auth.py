@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from app import api_keys, tenants
+from app import api_keys, resources
 from app.ids import item_id, uuid7
 from app.tenants import Environment
 from tests.api.conftest import Service
@@ -55,7 +55,7 @@ async def test_the_use_of_a_key_is_noted(service: Service) -> None:
 
 async def second_resource(service: Service) -> UUID:
     async with service.db.transaction() as conn:
-        return await tenants.create_resource(
+        return await resources.create(
             conn,
             workspace_id=service.environment.workspace_id,
             environment_id=service.environment.environment_id,

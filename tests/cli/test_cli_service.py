@@ -17,6 +17,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from app.secrets import Keyring
 from tests.cli.conftest import Cli, Provider, cli_on, say_migrated, until
 from tests.conftest import cloned
 
@@ -305,6 +306,70 @@ def test_the_operator_makes_tenants_with_keys_and_owners(cli: Cli, up: Up) -> No
     assert re.search(r" 2  acme / default", cli.run("workspaces", "list", env=env).stdout)
     without = cli.run("workspaces", "create", "w", "--owner", "alice", env=up.cli.env)
     assert (without.exit_code, "SLUICE_OIDC_ISSUER" in without.stderr) == (2, True)
+
+
+def test_connections_and_resources_are_made_tried_and_deleted(
+    cli: Cli, up: Up, provider: Provider
+) -> None:
+    def said(*command: str, exit_code: int = 0, env: dict[str, str] | None = None) -> str:
+        result = cli.run(*command, *up.at, env=env)
+        assert result.exit_code == exit_code, result.output
+        return result.output.strip()
+
+    env = {"OPENAI_API_KEY": "sk-nobody-sees-this"}
+    own = said("connections", "create", "spare", "--base-url", provider.url, "--rpm", "5", env=env)
+    assert f"{own}  spare" in said("connections", "list")
+    shown = said("connections", "get", own)
+    assert json.loads(shown)["config"]["apiKey"] == "********"
+    model = said(
+        *("resources", "create", "chat", "--connection", "spare", "--model", "m"),
+        *("--fallback", "spare=n"),
+    )
+    assert "m  (+1 fallbacks)" in said("resources", "list")
+    assert json.loads(said("resources", "get", model))["fallbackModels"][0]["model"] == "n"
+    assert "The model answered." in said("resources", "test", model)
+    assert "The model answered." in said("connections", "test", own)
+    provider.change(error_rate=1.0)
+    told = said("connections", "test", own, "--model", "x", exit_code=1)
+    assert "try again later" in told
+    missing = cli.run("resources", "create", "r", "--connection", "no", "--model", "m", *up.at)
+    assert (missing.exit_code, "There is no connection 'no'" in missing.output) == (2, True)
+    said("resources", "delete", model)
+    said("connections", "delete", own, "--force")
+    assert own not in said("connections", "list")
+
+
+def test_secrets_are_sealed_anew(cli: Cli, migrated: str) -> None:
+    """With a new key before the old one; then the old one may go."""
+    old = cli.env["SLUICE_SECRET_KEY"]
+    new = "new:" + "A" * 43
+    keyring = Keyring(old)
+    with psycopg.connect(migrated) as conn:
+        conn.execute("insert into workspaces values (gen_random_uuid(), 'w')")
+        conn.execute(
+            "insert into environments select workspace_id, gen_random_uuid(), 'e' from workspaces"
+        )
+        row = conn.execute(
+            "insert into connections (workspace_id, environment_id, connection_id, name, provider,"
+            " base_url) select workspace_id, environment_id, gen_random_uuid(), 'c', 'openai',"
+            " 'http://x' from environments returning connection_id"
+        ).fetchone()
+        assert row is not None
+        sealed = keyring.seal("sk-old", context=str(row[0]))
+        conn.execute(
+            "update connections set secret = %s, secret_key_id = %s",
+            (sealed.ciphertext, sealed.key_id),
+        )
+    both = {"SLUICE_SECRET_KEY": f"{new},{old}"}
+    assert "sluice secrets rotate" in cli.run("doctor", env=both).output
+    first = cli.run("secrets", "rotate", env=both)
+    assert (first.exit_code, "Sealed 1 secrets" in first.output) == (0, True), first.output
+    assert "Sealed 0 secrets" in cli.run("secrets", "rotate", env=both).output
+    assert (
+        "All 1 providers' secrets open" in cli.run("doctor", env={"SLUICE_SECRET_KEY": new}).output
+    )
+    lost = cli.run("secrets", "rotate", env={"SLUICE_SECRET_KEY": f"other:{'B' * 43}"})
+    assert (lost.exit_code, "connection 'c'" in lost.output) == (1, True), lost.output
 
 
 def test_wrong_key_and_silent_server_are_told(cli: Cli, up: Up) -> None:

@@ -1,4 +1,4 @@
-"""What the handlers of connections, resources and API keys share: names, changes, limits."""
+"""What the routes of connections, resources and api keys share: a tenant's belongings."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ from app.api import wire, wire_capacity
 from app.api.context import Context
 from app.capacity import Amount, NamedScope
 from app.db import Connection
-from app.doorbell import WORK
-from app.errors import RequestError
+from app.doorbell import EVENTS, WORK
+from app.errors import Problem, RequestError, ValidationError
 from app.log import Log
 
 log = Log("api")
@@ -26,6 +26,7 @@ log = Log("api")
 Answer = partial(ResponseSpec, generate_examples=False)
 
 MOST_BODY: Final = 1024 * 1024
+MOST_PAGE: Final = 200
 
 # The reference changes by PUT, with bodies as partial as those of PATCH.
 CHANGING: Final = [HttpMethod.PATCH, HttpMethod.PUT]
@@ -61,6 +62,25 @@ def ring(context: Context, resources: Sequence[UUID], **changed: UUID) -> None:
     context.ringer.ring(WORK, resources)
 
 
+def ring_cancelled(context: Context, batch_ids: Sequence[UUID]) -> None:
+    """Tell of batches that a deletion cancelled; maintenance lets their rows follow."""
+    for batch_id in batch_ids:
+        log.info("batch.cancelled", batch=batch_id)
+    context.ringer.ring(EVENTS, batch_ids)
+
+
+def cursor_of(text: str | None) -> UUID | None:
+    """Where a page begins: after this id."""
+    if text is None:
+        return None
+    try:
+        return UUID(text)
+    except ValueError:
+        raise ValidationError(
+            [Problem(path="cursor", message="must be the nextCursor of a page")]
+        ) from None
+
+
 def shows(key: Principal, scope: NamedScope) -> bool:
     """Whether a caller may know of it: a confined key not of others' batches, keys and addresses."""
     if "*" in key.resources or scope.scope_id == key.api_key_id:
@@ -71,7 +91,7 @@ def shows(key: Principal, scope: NamedScope) -> bool:
 async def usage(
     context: Context, conn: Connection, key: Principal, scope_ids: Sequence[UUID]
 ) -> wire_capacity.CapacityUsage:
-    """Where the limits of these scopes stand, of those that the caller may know."""
+    """Where the limits of scopes stand, of those that the caller may know of."""
     named = await capacity.named(conn, workspace_id=key.workspace_id, scope_ids=scope_ids)
     scopes = {scope_id: scope for scope_id, scope in named.items() if shows(key, scope)}
     used = await capacity.usage(
@@ -85,10 +105,10 @@ async def usage(
 
 
 def answer(body: object, status: int = 200) -> Response[bytes]:
-    """A body as JSON."""
+    """A body of JSON."""
     return Response(wire.encode(body), media_type="application/json", status_code=status)
 
 
 def created(body: object) -> Response[bytes]:
-    """The same for something new."""
+    """The same of what was made."""
     return answer(body, 201)
