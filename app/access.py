@@ -97,7 +97,14 @@ OWNERS_ONLY: Final = frozenset(
 
 #: What a user does on their own account, in no workspace.
 ALONE: Final = frozenset(
-    {"workspace:create", "workspace:list", "user:get", "user:list", "role:list"}
+    {
+        "ai-provider:list",
+        "workspace:create",
+        "workspace:list",
+        "user:get",
+        "user:list",
+        "role:list",
+    }
 )
 
 #: What a new key may do when its maker is a member: the work of an environment, not its keys.

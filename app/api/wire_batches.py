@@ -54,13 +54,6 @@ _RETRYABLE: Final = frozenset({"exhausted", "crashed", "expired"})
 # Answers ------------------------------------------------------------------------------------------
 
 
-class ItemResponse(Answer, kw_only=True, frozen=True):
-    """The provider's reply: its body as it came, and its x- headers."""
-
-    data: Json
-    headers: dict[str, str]
-
-
 class ErrorDetails(Answer, kw_only=True, frozen=True):
     """More about a failure: what the provider said, and whether another try may help."""
 
@@ -104,7 +97,9 @@ class AttemptsBody(Answer, kw_only=True, frozen=True):
 class ItemBody(Answer, kw_only=True, frozen=True):
     """An item. ``outputTokens`` and ``completionTokens`` are the same number.
 
-    ``attempts`` counts them; ``calls`` (if asked for) tells of each.
+    ``response`` is the provider's reply: ``data``, its body as it came, and ``headers``, its x- ones;
+    with responseFormat=openai that body alone. ``attempts`` counts the calls; ``calls`` (if asked
+    for) tells of each.
     """
 
     workspace_id: UUID
@@ -116,7 +111,7 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     resource_id: UUID
     status: WireStatus
     request: Json | UnsetType = UNSET
-    response: ItemResponse | Json | None
+    response: Json | None
     correlation_id: str
     model: str | None
     provider: str | None
@@ -289,7 +284,7 @@ def item_body(
     )
 
 
-def _response(item: Item, correlation_id: str, *, bare: bool | None) -> ItemResponse | Json | None:
+def _response(item: Item, correlation_id: str, *, bare: bool | None) -> Json | None:
     """The provider's reply; ``bare`` None: there is none to show."""
     if bare is None or item.response is None:
         return None
@@ -303,7 +298,7 @@ def _response(item: Item, correlation_id: str, *, bare: bool | None) -> ItemResp
         "x-vmx-connection-id": None if item.connection_id is None else str(item.connection_id),
     }
     told = {name: value for name, value in ours.items() if value is not None}
-    return ItemResponse(data=_verbatim(item.response), headers=(item.headers or {}) | told)
+    return {"data": _verbatim(item.response), "headers": (item.headers or {}) | told}
 
 
 class _ProviderError(msgspec.Struct):

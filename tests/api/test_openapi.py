@@ -157,6 +157,7 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
         "resourceId": [str(lone_service.resource_id)],
         "apiKeyId": [str(other)],
         "userId": [str(other)],  # there are none where no issuer is configured
+        "key": ["team"],
         "deliveryId": [delivery["deliveryId"]],
         "webhookEndpointId": [f"whe_{hook.endpoint_id.hex}"],
     }

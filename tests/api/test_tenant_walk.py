@@ -32,10 +32,18 @@ MARK: Final = "VICTIM"
 OPEN: Final = {"/healthz", "/healthcheck", "/readyz"}
 
 #: Fits the bodies of all routes that have one, so that it is not the body for which they refuse.
-BODY: Final[dict[str, Any]] = {"name": "n", "role": "MEMBER", "userIds": [str(uuid7())]}
+BODY: Final[dict[str, Any]] = {
+    "name": "n",
+    "role": "MEMBER",
+    "userIds": [str(uuid7())],
+    "event_type": "batch.completed",
+}
 
-#: Ids of a form of their own: whatever has another form is not found.
-NO_UUIDS: Final = {"deliveryId", "webhookEndpointId"}
+#: Of a form of their own: what has another form is not found.
+NO_UUIDS: Final = {"deliveryId", "webhookEndpointId", "key"}
+
+#: Questions that are POSTs; BODY is none of them.
+USAGE: Final = ("/v1/request-usage/", "/v1/completion-usage/")
 
 Door = tuple[str, str]
 
@@ -183,7 +191,9 @@ async def ids_of(service: Service, user_id: UUID) -> dict[str, object]:
     )
     async with service.db.transaction() as conn:
         await webhooks.add(conn, hook)
-    batch = await service.create(f"{MARK} prompt", name=f"{MARK} batch")
+    batch = await service.create(
+        f"{MARK} prompt", name=f"{MARK} batch", metadata={"team": f"{MARK} team"}
+    )
     await service.work()
     (delivery,) = (await service.get(f"{service.batches}/{batch['batchId']}/deliveries"))["data"]
     return {
@@ -195,6 +205,7 @@ async def ids_of(service: Service, user_id: UUID) -> dict[str, object]:
         "resourceId": service.resource_id,
         "apiKeyId": service.key_id,
         "userId": user_id,
+        "key": "team",
         "deliveryId": delivery["deliveryId"],
         "webhookEndpointId": f"whe_{hook.endpoint_id.hex}",
     }
@@ -231,7 +242,8 @@ def names_a_tenant(path: str) -> bool:
 
 
 def names_a_thing(path: str) -> bool:
-    return re.search(r"\{(?!workspaceId|environmentId)\w+", path) is not None
+    """Something with an id, not a name that any tenant may have."""
+    return re.search(r"\{(?!workspaceId|environmentId|key\b)\w+", path) is not None
 
 
 def names_no_environment(path: str) -> bool:
@@ -421,6 +433,8 @@ async def test_who_may_only_look_changes_nothing_and_sees_everything(victim: Vic
                 people = path.startswith(("/v1/user", "/v1/workspace/{workspaceId:str}/members"))
                 expected = 403 if people and not is_user else 200
                 assert answer.status_code == expected, (method, path, answer.text)
+            elif path.startswith(USAGE):
+                assert answer.status_code == 400, (method, path, answer.text)
             elif is_user and path == "/v1/workspace":
                 assert answer.status_code == 201  # one of their own
             else:
