@@ -41,12 +41,16 @@ MOST_ITEMS = 2**31 - 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewItem:
-    """An item to create: a JSON object to the letter, for a resource."""
+    """An item to create: a JSON object to the letter, for a resource.
+
+    ``place``: where its creator finds it, for messages; None: by its number in ``items``.
+    """
 
     resource_id: UUID
     body: bytes
     custom_id: str | None = None
     max_attempts: int | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -552,7 +556,8 @@ class Ingest:
             try:
                 estimate = self._scale.weigh(item)
             except ValueError as error:
-                problems.append(Problem(path=f"items[{seq}].request", message=str(error)))
+                place = item.place or f"items[{seq}].request"
+                problems.append(Problem(path=place, message=str(error)))
                 continue
             input_tokens += estimate.input_tokens
             bound = estimate.max_output_tokens
@@ -641,6 +646,18 @@ async def prepare_day(conn: Connection, batch: NewBatch) -> None:
 _prepared_days: set[tuple[str, str, date]] = set()
 
 
+async def lock_idempotency(
+    conn: Connection, *, workspace_id: UUID, environment_id: UUID, idempotency_key: str
+) -> None:
+    """Make a concurrent creation with the same key wait for this transaction."""
+    await _idempotency_lock.run(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        idempotency_key=idempotency_key,
+    )
+
+
 async def replay(
     conn: Connection,
     *,
@@ -654,7 +671,7 @@ async def replay(
     A concurrent creation with the same key makes this wait for its end. Raises ConflictError when
     the key was used for another request.
     """
-    await _idempotency_lock.run(
+    await lock_idempotency(
         conn,
         workspace_id=workspace_id,
         environment_id=environment_id,

@@ -81,10 +81,13 @@ begin
         and f.batch_id = p_batch_id
         and f.resource_id = back.resource_id;
     update batches b
-    set status = 'running', completed_at = null, started_at = coalesce(b.started_at, v_now)
-    where b.workspace_id = p_workspace_id
-        and b.batch_id = p_batch_id
-        and b.status in ('completed', 'failed');
+    set status = case when b.status in ('completed', 'failed') then 'running' else b.status end,
+        completed_at = null, expired_at = null, started_at = coalesce(b.started_at, v_now),
+        redrives = b.redrives + 1
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
+    -- Its error file has other lines from now on: it is measured anew, and has another id.
+    delete from result_files r
+    where r.workspace_id = p_workspace_id and r.batch_id = p_batch_id and r.kind = 'error';
     perform event_append(p_workspace_id, v_day, p_batch_id, 'item-retrying', v_seqs, v_now);
     -- Locked before they are looked at, in order; see ready_change.
     perform 1 from ready r
