@@ -53,22 +53,21 @@ class BatchLines:
         # 16 bytes of digest each, however long the ids; two that differ collide once in 10^26 files.
         self._seen: set[bytes] = set()
 
-    def feed(self, piece: bytes) -> Iterator[Line | LineError]:
+    def feed(self, piece: bytes) -> list[Line | LineError]:
         """The lines that end in this piece."""
         *lines, rest = (self._waiting + piece).split(b"\n")
         self._waiting = rest
-        for line in lines:
-            yield from self._line(line)
+        found = [each for line in lines for each in self._line(line)]
         if len(self._waiting) > self._most_bytes:
             # What follows up to the next line break belongs to it.
             self._waiting = b""
             self._is_skipping = True
+        return found
 
-    def end(self) -> Iterator[Line | LineError]:
+    def end(self) -> list[Line | LineError]:
         """The last line, if the file does not end with a line break."""
         waiting, self._waiting = self._waiting, b""
-        if waiting or self._is_skipping:
-            yield from self._line(waiting)
+        return list(self._line(waiting)) if waiting or self._is_skipping else []
 
     def _line(self, raw: bytes) -> Iterator[Line | LineError]:
         self._number += 1

@@ -157,10 +157,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Impossible:
-    """An item that could never be sent, and why."""
+    """An item that could never be sent, and why. ``place``: as of `NewItem`."""
 
     index: int
     reason: str
+    place: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -393,7 +394,9 @@ class Appraiser:
             except ValueError as error:
                 found.impossible_items += 1
                 if len(found.impossible) < ValidationError.MOST:
-                    found.impossible.append(Impossible(index=index, reason=str(error)))
+                    found.impossible.append(
+                        Impossible(index=index, reason=str(error), place=item.place)
+                    )
                 continue
             bound = estimate.max_output_tokens
             mean = self._output_means.get(item.resource_id)

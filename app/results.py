@@ -17,7 +17,7 @@ from typing import Final
 from uuid import UUID
 
 from app.db import Connection, NoRow, Query
-from app.ids import BatchFileKind, batch_file_id, batch_file_kind, kin
+from app.ids import BatchFileKind, batch_file_kind, kin
 
 PART_BYTES: Final = 256 * 1024
 """A part is closed when it has so many bytes."""

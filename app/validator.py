@@ -81,15 +81,15 @@ async def read_lines(
         if not piece:
             break
         at += len(piece)
-        yield await asyncio.to_thread(lambda p=piece: list(cutting.feed(p)))
+        yield await asyncio.to_thread(cutting.feed, piece)
         if len(piece) < files.CHUNK:
             break
-    yield list(cutting.end())
+    yield cutting.end()
 
 
 async def resolve(
     conn: Connection,
-    db: Database,
+    db: Database | None,
     *,
     workspace_id: UUID,
     environment_id: UUID,
@@ -99,7 +99,8 @@ async def resolve(
 ) -> list[NewItem]:
     """The items that lines ask for; mistakes are noted in ``reading``, with what models mean.
 
-    ``db``: where a resource may have to be made, which is kept whatever becomes of the lines.
+    ``db``: where resources are made for models that a connection allows; they are kept, whatever
+    becomes of the lines. None: such models count as unknown.
     """
     valid = [line for line in lines if isinstance(line, Line)]
     for line in lines:
@@ -142,7 +143,7 @@ async def resolve(
 
 async def _resources(
     conn: Connection,
-    db: Database,
+    db: Database | None,
     *,
     workspace_id: UUID,
     environment_id: UUID,
@@ -163,7 +164,7 @@ async def _resources(
     )
     refused: dict[str, LineError] = {}
     for name in names:
-        if name not in found and allowed is None:
+        if name not in found and allowed is None and db is not None:
             async with db.transaction() as making:
                 made = await models.make(
                     making, workspace_id=workspace_id, environment_id=environment_id, name=name

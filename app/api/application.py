@@ -11,7 +11,7 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, errors, health, tenants
+from app.api import batches, errors, health, openai_batches, openai_files, tenants
 from app.api.context import Context
 from app.api.documentation import documentation
 from app.api.streams import Hub
@@ -22,6 +22,7 @@ from app.log import Log
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
+from app.validator import Validator
 
 log = Log("api")
 
@@ -32,13 +33,15 @@ _BACKLOG = 2048
 def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url: str) -> Litestar:
     """The API on a pool that is open. ``listen_url`` reaches Postgres past any pooler."""
     hub = Hub(db, keepalive_s=settings.sse_keepalive_s, recheck_s=settings.sse_recheck_s)
+    ringer = Ringer(db)
     context = Context(
         settings=settings,
         db=db,
         keyring=keyring,
         listen_url=listen_url,
-        ringer=Ringer(db),
+        ringer=ringer,
         hub=hub,
+        validator=Validator(settings, db, ringer=ringer),
     )
 
     def given() -> Context:
@@ -54,6 +57,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         supervisor.start("look", hub.look)
         supervisor.start("ping", hub.ping)
         supervisor.start("recheck", hub.recheck)
+        supervisor.start("validator", context.validator.run)
         try:
             yield
         finally:
@@ -68,7 +72,15 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
     prefix = f"/{base}" if base else ""
     return Litestar(
         route_handlers=[
-            Router(prefix or "/", route_handlers=[batches.router, tenants.router]),
+            Router(
+                prefix or "/",
+                route_handlers=[
+                    batches.router,
+                    tenants.router,
+                    openai_files.router,
+                    openai_batches.router,
+                ],
+            ),
             health.router,
         ],
         lifespan=[running],

@@ -424,7 +424,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
     if not batch.is_finished:
-        context.spawn(_mark(context, batch))
+        context.spawn(mark_cancelled(context, batch))
     return Response(wire.encode(wire_batches.batch_body(batch)), media_type="application/json")
 
 
@@ -645,7 +645,7 @@ async def _visible(conn: Connection, key: ApiKey, rows: Sequence[Batch]) -> list
     return [row for row in rows if all(key.may_use(r) for r in used.get(row.batch_id, ()))]
 
 
-async def _mark(context: Context, batch: Batch) -> None:
+async def mark_cancelled(context: Context, batch: Batch) -> None:
     """Let rows and events of a cancelled batch follow; what is left over is maintenance's."""
     try:
         while True:
