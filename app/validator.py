@@ -351,6 +351,15 @@ class Validator:
             most_item_bytes=self._settings.max_item_bytes,
             key_amounts=[limit.amount for limit in limits],
         )
+        file = await files.get(
+            conn,
+            workspace_id=held.workspace_id,
+            environment_id=held.environment_id,
+            file_id=held.input_file_id,
+        )
+        if file is None:
+            reading.note(LineError(code="file_not_found", message="The input file is gone."))
+            raise _InvalidError
         pieces = read_lines(
             conn,
             workspace_id=held.workspace_id,
