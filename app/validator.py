@@ -164,7 +164,8 @@ async def _resources(
     )
     refused: dict[str, LineError] = {}
     for name in names:
-        if name not in found and allowed is None and db is not None:
+        is_known = name in found or allowed is not None or len(refused) >= ValidationError.MOST
+        if not is_known and db is not None:
             async with db.transaction() as making:
                 made = await models.make(
                     making, workspace_id=workspace_id, environment_id=environment_id, name=name
@@ -262,7 +263,7 @@ class Validator:
                     log.info("validation.left", batch=held.batch_id)
                     return
             deciding.result()
-        except (asyncio.CancelledError, *CONNECTION_ERRORS):
+        except asyncio.CancelledError:
             deciding.cancel()
             await asyncio.wait({deciding})
             try:
@@ -270,7 +271,8 @@ class Validator:
                     await submissions.release(conn, held=held, lease_id=lease_id)
             except (*CONNECTION_ERRORS, TimeoutError):
                 log.info("validation.left", batch=held.batch_id)
-        except _LostError:
+        except (_LostError, *CONNECTION_ERRORS):
+            # With the database gone the lease passes, which is pause enough.
             log.info("validation.left", batch=held.batch_id)
 
     async def _renewed(self, held: Leased, lease_id: UUID) -> bool:

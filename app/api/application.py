@@ -11,7 +11,7 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, errors, health, openai_batches, openai_files, tenants
+from app.api import batches, errors, health, openai_batches, openai_files, openai_wire, tenants
 from app.api.context import Context
 from app.api.documentation import documentation
 from app.api.streams import Hub
@@ -85,7 +85,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         ],
         lifespan=[running],
         dependencies={"context": Provide(given, sync_to_thread=False)},
-        exception_handlers={**errors.HANDLERS},
+        exception_handlers={**openai_wire.handlers(prefix)},
         before_send=[errors.stamp],
         plugins=[PydanticPlugin(prefer_alias=True)],
         openapi_config=documentation(prefix),

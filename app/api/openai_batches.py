@@ -567,6 +567,5 @@ router = Router(
     ],
     guards=[authenticate],
     dependencies={"caller": Provide(caller)},
-    exception_handlers=openai_wire.HANDLERS,
     tags=["OpenAI batches"],
 )

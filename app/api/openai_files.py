@@ -75,7 +75,7 @@ async def list_files(
     stored: list[File] = []
     made: list[UUID] = []
     async with context.db.connection() as conn:
-        if purpose != "batch_output":
+        if purpose is None or purpose in uploads.PURPOSES:
             stored = await files.page(
                 conn,
                 workspace_id=caller.workspace_id,
@@ -235,6 +235,5 @@ router = Router(
     route_handlers=[create, list_files, retrieve, content, remove],
     guards=[authenticate],
     dependencies={"caller": Provide(caller)},
-    exception_handlers=openai_wire.HANDLERS,
     tags=["OpenAI files"],
 )

@@ -1,7 +1,7 @@
 """OpenAI's objects and errors, as its SDK reads them: snake_case, times in Unix seconds.
 
 Refusals are ``{"error": {"message", "type", "param", "code"}}``; handlers raise the same errors as
-everywhere, `HANDLERS` gives them this shape on the routes that have it. What Sluice adds to an object
+everywhere, `handlers` gives them this shape on the routes that have it. What Sluice adds to an object
 is a further field, which the SDK keeps and does not mind.
 """
 
@@ -12,10 +12,7 @@ from typing import Any, Final, Literal, TypeVar, cast
 from uuid import UUID
 
 import msgspec
-import psycopg
 from litestar import Response
-from litestar.exceptions import HTTPException
-from psycopg_pool import PoolTimeout
 from pydantic import BaseModel, ConfigDict
 from pydantic import ValidationError as PydanticError
 
@@ -24,7 +21,7 @@ from app.api.errors import AnyRequest, ErrorBody
 from app.api.wire import Json, encode, object_of, problems_of
 from app.batch_lines import LineError
 from app.batches import Appraisal
-from app.errors import DatabaseUnavailableError, NotFoundError, RequestError, ValidationError
+from app.errors import NotFoundError, ValidationError
 from app.files import File
 from app.forecast import Plan
 from app.ids import batch_file_id
@@ -481,15 +478,19 @@ def _reshaped(
     return refuse
 
 
-HANDLERS: Final = {
-    kind: _reshaped(errors.HANDLERS[kind])
-    for kind in (
-        RequestError,
-        HTTPException,
-        DatabaseUnavailableError,
-        psycopg.OperationalError,
-        psycopg.InterfaceError,
-        PoolTimeout,
-        Exception,
-    )
-}
+def handlers(prefix: str) -> dict[type[Exception], Callable[[AnyRequest, Any], Response[bytes]]]:
+    """The handlers of every refusal: in OpenAI's shape below its routes, also where none is found."""
+    roots = tuple(f"{prefix}/v1/{noun}" for noun in ("files", "batches"))
+
+    def chosen(
+        made: Callable[[AnyRequest, Any], Response[bytes]],
+    ) -> Callable[[AnyRequest, Any], Response[bytes]]:
+        reshaped = _reshaped(made)
+
+        def refuse(request: AnyRequest, error: Exception) -> Response[bytes]:
+            is_ours = str(request.scope["path"]).startswith(roots)
+            return (reshaped if is_ours else made)(request, error)
+
+        return refuse
+
+    return {kind: chosen(made) for kind, made in errors.HANDLERS.items()}

@@ -34,6 +34,7 @@ PURPOSES: Final = ("assistants", "batch", "evals", "fine-tune", "user_data", "vi
 
 _MOST_FIELD_BYTES: Final = 1024
 _MOST_PARTS: Final = 20
+_SLACK: Final = 64 * 1024  # of a request beside its file
 _MOST_NAME: Final = 512
 _LEAST_S: Final = 3600
 _MOST_S: Final = 30 * 86_400
@@ -79,10 +80,7 @@ class _Form:
         if self.fields.get("purpose") == b"batch":
             most, name = self._settings.max_batch_file_bytes, "SLUICE_MAX_BATCH_FILE_BYTES"
         if self.size > most:
-            raise TooLargeError(
-                f"The file is larger than {most:,} bytes ({name}); split it.",
-                details={"param": "file"},
-            )
+            raise _too_large(most, name)
 
     def purpose(self) -> str:
         """What for. Raises ValidationError, also for what is wrong with the file as a whole."""
@@ -130,6 +128,9 @@ class _Form:
 async def store_file(context: Context, request: AnyRequest, key: ApiKey) -> File:
     """Store the file of a request. Raises RequestError; then nothing of it is kept."""
     parser = _parser(request)
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > context.settings.max_file_bytes + _SLACK:
+        raise _too_large(context.settings.max_file_bytes, "SLUICE_MAX_FILE_BYTES")
     async with context.db.connection() as conn:
         file_id = await files.begin(
             conn, workspace_id=key.workspace_id, environment_id=key.environment_id
@@ -214,6 +215,12 @@ async def _pieces(
         raise BrokenOffError("The connection closed before the whole file had come.") from None
     if waiting:
         yield bytes(waiting)
+
+
+def _too_large(most: int, name: str) -> TooLargeError:
+    return TooLargeError(
+        f"The file is larger than {most:,} bytes ({name}); split it.", details={"param": "file"}
+    )
 
 
 def _malformed() -> RequestError:

@@ -9,10 +9,9 @@ import sys
 from collections.abc import AsyncIterator
 from uuid import UUID
 
-import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from app import files
 from app.files import CHUNK
@@ -26,7 +25,7 @@ SMALL = Settings(port=0, max_batch_file_bytes=2048, max_file_bytes=3 * CHUNK)
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[AsyncOpenAI]:
     async with (
-        httpx.AsyncClient(trust_env=False) as http,
+        DefaultAsyncHttpxClient(trust_env=False) as http,
         AsyncOpenAI(base_url=f"{service.url}/v1", api_key=service.key, http_client=http) as made,
     ):
         yield made
@@ -261,7 +260,7 @@ async def test_another_tenant_sees_nothing(service: Service, client: AsyncOpenAI
     batch = await client.batches.retrieve(batch.id)
     async with (
         service_on(service) as other,
-        httpx.AsyncClient(trust_env=False) as http,
+        DefaultAsyncHttpxClient(trust_env=False) as http,
         AsyncOpenAI(base_url=f"{service.url}/v1", api_key=other.key, http_client=http) as stranger,
     ):
         for file_id in (batch.input_file_id, batch.output_file_id):
@@ -434,7 +433,7 @@ async def test_a_killed_process_leaves_its_validation_to_another(
         )
         try:
             async with (
-                httpx.AsyncClient(trust_env=False) as http,
+                DefaultAsyncHttpxClient(trust_env=False) as http,
                 AsyncOpenAI(
                     base_url=f"{service.url}/v1", api_key=service.key, http_client=http
                 ) as client,
@@ -453,7 +452,7 @@ async def test_a_killed_process_leaves_its_validation_to_another(
     service.context.validator._at_once = 3  # pyright: ignore[reportPrivateUsage]
     service.context.validator.kick()
     async with (
-        httpx.AsyncClient(trust_env=False) as http,
+        DefaultAsyncHttpxClient(trust_env=False) as http,
         AsyncOpenAI(base_url=f"{service.url}/v1", api_key=service.key, http_client=http) as client,
     ):
         batch = await settled(client, batch.id)
