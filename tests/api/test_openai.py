@@ -426,7 +426,7 @@ async def test_a_confined_key_uses_only_its_resources(service: Service) -> None:
     ids=str,
 )
 async def test_what_cannot_be_made_is_refused_at_once(
-    service: Service, client: AsyncOpenAI, change: Json, param: str | None
+    client: AsyncOpenAI, change: Json, param: str | None
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         await submit(client, [line(1)], **change)
@@ -464,9 +464,7 @@ async def test_errors_have_openai_s_shape_and_classes(
     assert ended.value.response.headers["x-should-retry"] == "false"
 
 
-async def test_a_repeat_with_the_same_key_makes_one_batch(
-    service: Service, client: AsyncOpenAI
-) -> None:
+async def test_a_repeat_with_the_same_key_makes_one_batch(client: AsyncOpenAI) -> None:
     file = await upload(client, [line(1)])
 
     async def create(**more: Any) -> Batch:  # noqa: ANN401 - passes through

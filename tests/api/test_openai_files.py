@@ -31,6 +31,10 @@ async def client(service: Service) -> AsyncIterator[AsyncOpenAI]:
         yield made
 
 
+def filler(size: int) -> bytes:
+    return random.Random(1).randbytes(size)  # noqa: S311 - no secrets
+
+
 async def chunks_of(service: Service) -> int:
     async with service.db.connection() as conn:
         cursor = await conn.execute(
@@ -43,7 +47,7 @@ async def chunks_of(service: Service) -> int:
 
 
 async def test_a_file_comes_back_as_it_went(service: Service, client: AsyncOpenAI) -> None:
-    data = random.Random(1).randbytes(3 * CHUNK + 17)
+    data = filler(3 * CHUNK + 17)
     made = await client.files.create(
         file=("Größe.bin", data),
         purpose="user_data",
@@ -86,7 +90,7 @@ async def test_files_for_batches_expire_after_thirty_days(client: AsyncOpenAI) -
 async def test_a_range_of_a_stored_file(
     service: Service, client: AsyncOpenAI, asked: str, begin: int, end: int | None
 ) -> None:
-    data = random.Random(2).randbytes(CHUNK + 100)
+    data = filler(CHUNK + 100)
     made = await client.files.create(file=("a.bin", data), purpose="user_data")
     answer = await service.http.get(f"/v1/files/{made.id}/content", headers={"Range": asked})
     assert answer.status_code == 206
@@ -212,10 +216,10 @@ async def test_an_upload_that_breaks_off_leaves_nothing(service: Service) -> Non
     writer.write(head.encode() + b"x" * (2 * CHUNK))
     await writer.drain()
     async with asyncio.timeout(20):
-        while not await chunks_of(service):
+        while not await chunks_of(service):  # noqa: ASYNC110 - what is awaited tells nobody
             await asyncio.sleep(0.02)
         writer.close()
-        while await chunks_of(service):
+        while await chunks_of(service):  # noqa: ASYNC110 - what is awaited tells nobody
             await asyncio.sleep(0.02)
     async with service.db.connection() as conn:
         cursor = await conn.execute(
@@ -287,7 +291,7 @@ async def test_an_output_file_is_followed_while_its_batch_runs(
     """In pieces of any size, from the last byte on, beside four takers; bytes never change."""
     count = 60
     batch = await settled(client, (await submit(client, [line(n) for n in range(count)])).id)
-    chance = random.Random(3)
+    chance = random.Random(3)  # noqa: S311 - no secrets
     got = bytearray()
     is_complete = False
 
@@ -303,8 +307,8 @@ async def test_an_output_file_is_followed_while_its_batch_runs(
 
     async def follow() -> None:
         nonlocal is_complete
-        while (file_id := (await client.batches.retrieve(batch.id)).output_file_id) is None:
-            await asyncio.sleep(0.01)
+        begun = await settled(client, batch.id, lambda b: b.output_file_id is not None)
+        file_id = begun.output_file_id
         while not is_complete:
             to = chance.choice(["", str(len(got) + chance.randint(0, 40_000))])
             answer = await service.http.get(
@@ -440,7 +444,7 @@ async def test_a_killed_process_leaves_its_validation_to_another(
             ):
                 batch = await submit(client, [line(n) for n in range(10)])
                 async with asyncio.timeout(60):
-                    while not await _waits(service):
+                    while not await _waits(service):  # noqa: ASYNC110 - tells nobody
                         await asyncio.sleep(0.05)
                 process.send_signal(signal.SIGKILL)
                 await process.wait()
