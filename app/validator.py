@@ -15,12 +15,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from app import batches, capacity, files, models, submissions, tenants
+from app import batches, capacity, files, models, quotas, submissions, tenants
 from app.batch_lines import BatchLines, Line, LineError
 from app.batches import Ingest, NewBatch, NewItem
 from app.db import CONNECTION_ERRORS, Connection, Database
 from app.doorbell import EVENTS, WORK, Ringer
-from app.errors import Problem, ValidationError
+from app.errors import Problem, QuotaError, TooLargeError, ValidationError
 from app.ids import uuid7
 from app.log import Log
 from app.settings import Settings
@@ -194,6 +194,13 @@ def _allowed(resources: Sequence[str]) -> list[UUID] | None:
     return None if "*" in resources else [UUID(r) for r in resources]
 
 
+def quota_of(settings: Settings) -> quotas.Amounts:
+    """What a workspace without a quota of its own may have in the queue."""
+    return quotas.Amounts(
+        items=settings.quota_items, batches=settings.quota_batches, bytes=settings.quota_bytes
+    )
+
+
 class Validator:
     """Validates whatever submission nobody else does; ``run`` does so until it is cancelled."""
 
@@ -328,7 +335,11 @@ class Validator:
             await batches.prepare_day(conn, batch)
         async with self._db.transaction() as conn:
             ingest = await self._fill(conn, held, batch, reading)
-            await ingest.finish()
+            try:
+                await ingest.finish()
+            except (QuotaError, TooLargeError) as error:
+                reading.note(LineError(code="quota_exceeded", message=str(error)))
+                raise _InvalidError from None
             named = list(reading.models)
             model = named[0] if len(named) == 1 else None
             if not await submissions.decide(conn, held=held, lease_id=lease_id, model=model):
@@ -352,6 +363,7 @@ class Validator:
             most_items=self._settings.max_items,
             most_item_bytes=self._settings.max_item_bytes,
             key_amounts=[limit.amount for limit in limits],
+            quota=quota_of(self._settings),
         )
         file = await files.get(
             conn,

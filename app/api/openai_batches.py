@@ -17,7 +17,17 @@ from litestar.di import Provide
 from litestar.params import PathParameter, QueryParameter
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from app import batches, capacity, forecast, inputs, queue, results, submissions, validator
+from app import (
+    batches,
+    capacity,
+    forecast,
+    inputs,
+    queue,
+    quotas,
+    results,
+    submissions,
+    validator,
+)
 from app.api import openai_operations as operations
 from app.api import openai_wire
 from app.api.auth import Caller, authenticate, batch_for, caller, require_resources
@@ -53,6 +63,7 @@ BatchId = Annotated[str, PathParameter(name="batchId", description="batch_…")]
 Batch200 = Answer(BatchObject, description="The batch")
 Refused = Answer(ErrorAnswer, description="Something is wrong with the request")
 Missing = Answer(ErrorAnswer, description="There is no such batch")
+Full = Answer(ErrorAnswer, description="The workspace's queue is full; see Retry-After")
 Ended = Answer(ErrorAnswer, description="It is in a state that does not allow this")
 
 
@@ -141,7 +152,7 @@ class RetrySent(openai_wire.Sent):
     status_code=200,
     operation_class=operations.CreateOperation,
     request_max_body_size=_MOST_BODY,
-    responses={200: Batch200, 400: Refused, 404: Refused, 409: Ended},
+    responses={200: Batch200, 400: Refused, 404: Refused, 409: Ended, 429: Full},
 )
 async def create(request: AnyRequest, context: Given, caller: Caller) -> Response[bytes]:
     body = await request.body()
@@ -149,6 +160,13 @@ async def create(request: AnyRequest, context: Given, caller: Caller) -> Respons
     given = cast("Json", msgspec.json.decode(body))
     async with context.db.connection() as conn:
         file = await _input(conn, caller, wanted)
+        # How many lines it has is not known yet: only a full queue is refused at once.
+        await quotas.look(
+            conn,
+            workspace_id=caller.workspace_id,
+            default=validator.quota_of(context.settings),
+            added=quotas.Amounts(items=1, batches=1, bytes=0),
+        )
     async with context.db.transaction() as conn:
         batch_id = await submissions.submit(
             conn,
