@@ -59,7 +59,7 @@ _MOST_PAIR_KEY: Final = 64
 _MOST_PAIR_VALUE: Final = 512
 _RESULT_BYTES: Final = 16 * 1024 * 1024
 
-BatchId = Annotated[str, PathParameter(name="batchId", description="batch_…")]
+BatchId = Annotated[str, PathParameter(name="batch_id", description="batch_…")]
 Batch200 = Answer(BatchObject, description="The batch")
 Refused = Answer(ErrorAnswer, description="Something is wrong with the request")
 Missing = Answer(ErrorAnswer, description="There is no such batch")
@@ -234,7 +234,7 @@ async def list_batches(
 
 
 @get(
-    "/{batchId:str}",
+    "/{batch_id:str}",
     summary="Read a batch",
     responses={200: Batch200, 404: Missing},
 )
@@ -245,7 +245,7 @@ async def retrieve(context: Given, caller: Caller, batch_id: BatchId) -> Respons
 
 
 @post(
-    "/{batchId:str}/cancel",
+    "/{batch_id:str}/cancel",
     summary="Cancel a batch",
     description="Nothing of it is sent any more; calls in flight are let finish and their answers "
     "kept. What was not executed is in the error file, as batch_cancelled.",
@@ -281,7 +281,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 
 
 @post(
-    "/{batchId:str}/pause",
+    "/{batch_id:str}/pause",
     summary="Pause a batch",
     description="Nothing of it is begun until it is resumed; calls in flight are let finish.",
     status_code=200,
@@ -292,7 +292,7 @@ async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[b
 
 
 @post(
-    "/{batchId:str}/resume",
+    "/{batch_id:str}/resume",
     summary="Resume a batch",
     description="The opposite of pause; harmless for a batch that is not paused.",
     status_code=200,
@@ -322,7 +322,7 @@ async def _steered(context: Context, key: ApiKey, name: str, *, pauses: bool) ->
 
 
 @post(
-    "/{batchId:str}/retry",
+    "/{batch_id:str}/retry",
     summary="Try failed items of a batch again",
     description="Answered ones stay as they are. Its error file begins anew, with another id. One "
     "whose deadline has passed needs a new completion_window, which counts from now.",
@@ -374,7 +374,7 @@ async def _redrive(conn: Connection, key: ApiKey, batch: Submitted, wanted: Retr
 
 
 @get(
-    "/{batchId:str}/results",
+    "/{batch_id:str}/results",
     summary="Read results as they come",
     description="Lines of the output and the error file in the order of completion, after a cursor. "
     "While complete is false more will come.",

@@ -24,7 +24,7 @@ from app.tenants import ApiKey
 #: Fewer than OpenAI's 10,000 in a page: an output file's size may have to be measured for it.
 _MOST: Final = 1000
 
-FileId = Annotated[str, PathParameter(name="fileId", description="file-…")]
+FileId = Annotated[str, PathParameter(name="file_id", description="file-…")]
 Refused = Answer(ErrorAnswer, description="Something is wrong with the request")
 Missing = Answer(ErrorAnswer, description="There is no such file")
 
@@ -117,7 +117,7 @@ async def list_files(
 
 
 @get(
-    "/{fileId:str}",
+    "/{file_id:str}",
     summary="Read about a file",
     responses={200: Answer(FileObject, description="The file"), 404: Missing},
 )
@@ -130,7 +130,7 @@ async def retrieve(context: Given, caller: Caller, file_id: FileId) -> Response[
 
 
 @get(
-    "/{fileId:str}/content",
+    "/{file_id:str}/content",
     summary="Read a file",
     description="Whole or by Range. An output or error file can be read while its batch runs: "
     "x-sluice-complete says whether more will come, x-sluice-next-offset from which byte on.",
@@ -166,7 +166,7 @@ async def content(
 
 
 @delete(
-    "/{fileId:str}",
+    "/{file_id:str}",
     summary="Delete a file",
     description="An output or error file is not shown any more; its batch keeps its items.",
     status_code=200,
