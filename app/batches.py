@@ -1,4 +1,4 @@
-"""Batches: create, read, list, cancel, and their items.
+"""Batches: create, read, list, steer, try again. Their items are read in ``app.items``.
 
 Creation is one transaction: items are estimated in a worker thread and written with COPY, then the
 batch, its flows and its first event; whatever is wrong with any item, nothing is kept.
@@ -12,8 +12,7 @@ batch, its flows and its first event; whatever is wrong with any item, nothing i
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, Literal
@@ -35,8 +34,45 @@ Status = Literal["pending", "running", "completed", "failed", "cancelled"]
 #: States that do not change any more (but for failed items put back by ``redrive``).
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled"})
 
+#: A thousand years: keys of runs of the command line are never used for another run.
+FOR_EVER_H = 1000 * 365 * 24
+
 #: A batch's sequence numbers and counters are 32 bits wide.
 MOST_ITEMS = 2**31 - 2
+
+
+class Vmx(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
+    """What a request's member ``vmx`` says to us; it is not sent on.
+
+    ``correlation_id``: what usage is asked by, instead of the batch's id; ``metadata``: facts of the
+    item's own. ``timeout_ms``: longest time of its call. ``provider_args``: members of the request
+    that count before all others.
+    """
+
+    correlation_id: str | None = None
+    metadata: dict[str, str] | None = None
+    timeout_ms: int | None = None
+    provider_args: dict[str, Any] | None = None
+
+
+class _WithVmx(msgspec.Struct):
+    vmx: Vmx | None = None
+
+
+_decode_with_vmx = msgspec.json.Decoder(_WithVmx).decode
+
+
+def vmx_of(body: str) -> Vmx | None:
+    """What a stored request says to us. One that cannot be read, from before it was checked, is none."""
+    if '"vmx"' not in body:
+        return None
+    try:
+        return _decode_with_vmx(body).vmx
+    except (msgspec.DecodeError, UnicodeError):
+        try:
+            return msgspec.convert(json.loads(body), _WithVmx).vmx
+        except (msgspec.ValidationError, ValueError, RecursionError):
+            return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +80,7 @@ class NewItem:
     """An item to create: a JSON object to the letter, for a resource.
 
     ``place``: where its creator finds it, for messages; None: by its number in ``items``.
+    ``vmx``: what that object says for us and not for the provider.
     """
 
     resource_id: UUID
@@ -51,6 +88,7 @@ class NewItem:
     custom_id: str | None = None
     max_attempts: int | None = None
     place: str | None = None
+    vmx: Vmx | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +98,8 @@ class NewBatch:
     ``amounts``: limits of its own, which can only tighten those above it; ``capacity``: the same as
     people wrote them. ``weight``: its share among batches of the same priority, 0.1 to 100.
     ``expires_at``: nothing is begun from then on. ``source_ip``: for limits per client address.
+    ``max_attempts``: of items that do not say; ``given_max_attempts``: as its creator said, if so.
+    ``timeout_ms``: longest time of one call; None: the resource's.
     """
 
     workspace_id: UUID
@@ -77,9 +117,12 @@ class NewBatch:
     expires_at: datetime | None = None
     source_ip: str | None = None
     max_attempts: int = 5
+    given_max_attempts: int | None = None
+    timeout_ms: int | None = None
     idempotency_key: str | None = None
     request_hash: bytes | None = None
     created_by_api_key_id: UUID | None = None
+    created_by_user_id: UUID | None = None
 
     @property
     def batch_day(self) -> date:
@@ -111,10 +154,13 @@ class Batch:
     idempotency_key: str | None
     request_hash: bytes | None
     created_by_api_key_id: UUID | None
+    created_by_user_id: UUID | None
     created_at: datetime
     started_at: datetime | None
     cancelled_at: datetime | None
     completed_at: datetime | None
+    timeout_ms: int | None
+    max_attempts: int | None
     pending: int
     running: int
     completed: int
@@ -134,6 +180,23 @@ class Batch:
     def is_finished(self) -> bool:
         """Whether its last event has been written: nothing of it is open any more."""
         return self.completed_at is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Only:
+    """Which batches a list is to have. Empty or None: any.
+
+    ``name``: a part of it, in any letter case. ``metadata``: has these fields with these values.
+    """
+
+    statuses: Sequence[Status] = ()
+    types: Sequence[BatchType] = ()
+    name: str | None = None
+    created_from: datetime | None = None
+    created_before: datetime | None = None
+    resource_id: UUID | None = None
+    api_key_id: UUID | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,61 +238,6 @@ class Appraisal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """An item with its request and, once it ended, what came back. Texts are JSON to the letter."""
-
-    workspace_id: UUID
-    batch_id: UUID
-    seq: int
-    resource_id: UUID
-    status: Status
-    attempt: int
-    failures: int
-    estimated_input_tokens: int
-    visible_at: datetime
-    claimed_at: datetime | None
-    ended_at: datetime | None
-    created_at: datetime
-    custom_id: str | None
-    request: str
-    response: str | None
-    headers: dict[str, str] | None
-    status_code: int | None
-    input_tokens: int | None
-    output_tokens: int | None
-    model: str | None
-    error_code: str | None
-    error_message: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Brief:
-    """An item without its texts: what followers are told who want no more."""
-
-    seq: int
-    resource_id: UUID
-    failures: int
-    custom_id: str | None
-    input_tokens: int | None
-    output_tokens: int | None
-    error_code: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What became of an item, without its request."""
-
-    seq: int
-    status: Status
-    status_code: int | None
-    response: str | None
-    error_code: str | None
-    error_message: str | None
-    custom_id: str | None
-    request_id: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunBatch:
     """One of the batches that a run of the command line made: rows from ``first_row`` (0) on.
 
@@ -248,6 +256,7 @@ class RunBatch:
 class _Known:
     batch_id: UUID
     request_hash: bytes | None
+    is_old: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +306,7 @@ _event_append = Query("batches", "event_append", _Number)
 _batch_get = Query("batches", "batch_get", Batch)
 _batches_page = Query("batches", "batches_page", Batch)
 _by_idempotency_key = Query("batches", "batch_by_idempotency_key", _Known)
+_idempotency_key_free = Query("batches", "idempotency_key_free", NoRow)
 _idempotency_lock = Query("batches", "idempotency_lock", _Locked)
 _batch_resources = Query("batches", "batch_resources", _ResourceId)
 _flows_pause = Query("batches", "flows_pause", NoRow)
@@ -308,10 +318,6 @@ _flows_steer = Query("batches", "flows_steer", NoRow)
 _now = Query("batches", "now", _Now)
 _batches_resources = Query("batches", "batches_resources", _Uses)
 _run_batches = Query("batches", "run_batches", RunBatch)
-_items_page = Query("items", "items_page", Item)
-_items_some = Query("items", "items_some", Item)
-_items_brief = Query("items", "items_brief", Brief)
-_results = Query("items", "results_stream", Result)
 _redrive = Query("items", "items_redrive", _Redriven)
 
 
@@ -498,6 +504,9 @@ class Ingest:
             idempotency_key=batch.idempotency_key,
             request_hash=batch.request_hash,
             created_by_api_key_id=batch.created_by_api_key_id,
+            created_by_user_id=batch.created_by_user_id,
+            timeout_ms=batch.timeout_ms,
+            max_attempts=batch.given_max_attempts,
         )
         scope_ids = [batch.batch_id]
         if batch.created_by_api_key_id is not None:
@@ -565,15 +574,18 @@ class Ingest:
             input_tokens += estimate.input_tokens
             bound = estimate.max_output_tokens
             most_output = _NULL if bound is None else min(bound, 2**31 - 1)
+            timeout_ms = (item.vmx.timeout_ms if item.vmx else None) or batch.timeout_ms
             rows.append(
                 f"{key}{item.resource_id}\t{seq}\t{estimate.input_tokens}\t"
                 f"{most_output}\t"
-                f"{item.max_attempts or batch.max_attempts}\n"
+                f"{item.max_attempts or batch.max_attempts}\t"
+                f"{_NULL if timeout_ms is None else timeout_ms}\n"
             )
-            custom_id = (
-                _NULL.encode() if item.custom_id is None else _escaped(item.custom_id.encode())
+            custom_id = _or_null(None if item.custom_id is None else item.custom_id.encode())
+            vmx = _or_null(None if item.vmx is None else _vmx_facts(item.vmx))
+            requests.append(
+                b"%s%d\t%s\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body), vmx)
             )
-            requests.append(b"%s%d\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body)))
         return _Prepared(
             items="".join(rows).encode(),
             requests=b"".join(requests),
@@ -592,14 +604,23 @@ class _Prepared:
 
 _COPY_ITEMS = (
     b"copy items (workspace_id, batch_day, batch_id, resource_id, seq, input_tokens, "
-    b"max_output_tokens, max_attempts) from stdin"
+    b"max_output_tokens, max_attempts, timeout_ms) from stdin"
 )
 _COPY_REQUESTS = (
-    b"copy item_requests (workspace_id, batch_day, batch_id, seq, custom_id, body) from stdin"
+    b"copy item_requests (workspace_id, batch_day, batch_id, seq, custom_id, body, vmx) from stdin"
 )
 
 
 _NULL = "\\N"
+
+
+def _vmx_facts(vmx: Vmx) -> bytes:
+    """What is asked by later; arguments stay in the request only."""
+    return msgspec.json.encode(msgspec.structs.replace(vmx, provider_args=None))
+
+
+def _or_null(text: bytes | None) -> bytes:
+    return _NULL.encode() if text is None else _escaped(text)
 
 
 def _escaped(text: bytes) -> bytes:
@@ -668,11 +689,12 @@ async def replay(
     environment_id: UUID,
     idempotency_key: str,
     request_hash: bytes,
+    hours: int = FOR_EVER_H,
 ) -> UUID | None:
     """The batch that this very request made before, or None after locking the key for us.
 
     A concurrent creation with the same key makes this wait for its end. Raises ConflictError when
-    the key was used for another request.
+    the key was used for another request. ``hours``: for so long a key is remembered.
     """
     await lock_idempotency(
         conn,
@@ -685,8 +707,12 @@ async def replay(
         workspace_id=workspace_id,
         environment_id=environment_id,
         idempotency_key=idempotency_key,
+        hours=hours,
     )
     if known is None:
+        return None
+    if known.is_old:
+        await _idempotency_key_free.run(conn, workspace_id=workspace_id, batch_id=known.batch_id)
         return None
     if known.request_hash != request_hash:
         raise ConflictError(
@@ -712,71 +738,25 @@ async def page(
     workspace_id: UUID,
     environment_id: UUID,
     before: UUID | None,
-    status: Status | None,
+    only: Only,
     most: int,
 ) -> list[Batch]:
-    """Batches of an environment, newest first, those below ``before``."""
+    """Batches of an environment that are wanted, newest first, those below ``before``."""
     return await _batches_page.all(
         conn,
         workspace_id=workspace_id,
         environment_id=environment_id,
         before=before,
-        status=status,
+        statuses=list(only.statuses) or None,
+        types=list(only.types) or None,
+        name=only.name,
+        created_from=only.created_from,
+        created_before=only.created_before,
+        resource_id=only.resource_id,
+        api_key_id=only.api_key_id,
+        metadata=Jsonb(dict(only.metadata)),
         most=most,
     )
-
-
-async def items(
-    conn: Connection,
-    *,
-    batch: Batch,
-    from_seq: int = 0,
-    status: Status | None = None,
-    most: int = 1000,
-) -> list[Item]:
-    """Items in input order from a number on."""
-    return await _items_page.all(
-        conn,
-        workspace_id=batch.workspace_id,
-        batch_id=batch.batch_id,
-        batch_day=batch.batch_day,
-        from_seq=from_seq,
-        status=status,
-        most=most,
-    )
-
-
-async def items_numbered(conn: Connection, *, batch: Batch, seqs: Sequence[int]) -> list[Item]:
-    """Certain items, in input order."""
-    return await _items_some.all(
-        conn,
-        workspace_id=batch.workspace_id,
-        batch_id=batch.batch_id,
-        batch_day=batch.batch_day,
-        seqs=list(seqs),
-    )
-
-
-async def items_brief(conn: Connection, *, batch: Batch, seqs: Sequence[int]) -> list[Brief]:
-    """The same without their texts, which are not read."""
-    return await _items_brief.all(
-        conn,
-        workspace_id=batch.workspace_id,
-        batch_id=batch.batch_id,
-        batch_day=batch.batch_day,
-        seqs=list(seqs),
-    )
-
-
-async def results(
-    conn: Connection, *, workspace_id: UUID, batch_id: UUID, batch_day: date
-) -> AsyncGenerator[Result]:
-    """Every item's result in input order, streamed. Needs an open transaction."""
-    async with aclosing(
-        _results.stream(conn, workspace_id=workspace_id, batch_id=batch_id, batch_day=batch_day)
-    ) as rows:
-        async for row in rows:
-            yield row
 
 
 async def resource_ids(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> list[UUID]:
@@ -793,9 +773,33 @@ async def resource_ids_of(
     return {row.batch_id: row.resource_ids for row in rows}
 
 
-async def redrive(conn: Connection, *, workspace_id: UUID, batch_id: UUID, most: int = 5000) -> int:
-    """Put up to ``most`` failed items back in line; how many. Answered ones stay as they are."""
-    row = await _redrive.one(conn, workspace_id=workspace_id, batch_id=batch_id, most=most)
+async def redrive(
+    conn: Connection,
+    *,
+    workspace_id: UUID,
+    batch_id: UUID,
+    statuses: Sequence[Status] = ("failed",),
+    seqs: Sequence[int] | None = None,
+    codes: Sequence[str] | None = None,
+    before: datetime | None = None,
+    most: int = 5000,
+) -> int:
+    """Put up to ``most`` failed or cancelled items back in line; how many.
+
+    ``seqs``, ``codes``: only these numbers, only those that ended with one of these errors. A
+    caller who repeats it until nothing is left says ``before``, or what fails again is put back
+    again. A cancelled batch is left alone unless ``statuses`` has cancelled and it has ended.
+    """
+    row = await _redrive.one(
+        conn,
+        workspace_id=workspace_id,
+        batch_id=batch_id,
+        statuses=list(statuses),
+        seqs=None if seqs is None else list(seqs),
+        codes=None if codes is None else list(codes),
+        before=before,
+        most=most,
+    )
     return row.redriven
 
 
@@ -820,20 +824,28 @@ async def clock(conn: Connection) -> datetime:
     return (await _now.one(conn)).now
 
 
-async def hold(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> Steering:
+def ended(batch_id: UUID, status: str) -> ConflictError:
+    """The refusal of what an ended batch does not take."""
+    return ConflictError(
+        f"Completion Batch {batch_id} has already ended: {status.upper()}",
+        code="BATCH_ALREADY_ENDED",
+        details={"status": status.upper()},
+    )
+
+
+async def hold(
+    conn: Connection, *, workspace_id: UUID, batch_id: UUID, even_ended: bool = False
+) -> Steering:
     """Lock a batch until the commit: its limits' mutex, its flows, its row; what steers it now.
 
-    Raises ConflictError when it has ended or was cancelled, after which nothing steers it.
+    Raises ConflictError when it has ended or was cancelled, after which nothing steers it; unless
+    ``even_ended``, for what is to count when some of it is tried again.
     """
     await capacity.lock_scope(conn, workspace_id=workspace_id, scope_id=batch_id)
     await _flows_lock.run(conn, workspace_id=workspace_id, batch_id=batch_id)
     held = await _batch_lock.one(conn, workspace_id=workspace_id, batch_id=batch_id)
-    if held.status in TERMINAL:
-        raise ConflictError(
-            f"Completion Batch {batch_id} has already ended: {held.status.upper()}",
-            code="BATCH_ALREADY_ENDED",
-            details={"status": held.status.upper()},
-        )
+    if held.status in TERMINAL and not even_ended:
+        raise ended(batch_id, held.status)
     return Steering(
         priority=held.priority,
         weight=held.weight,

@@ -25,6 +25,8 @@ log = Log("doorbell")
 WORK = "sluice_work"
 #: Something happened to these batches.
 EVENTS = "sluice_events"
+#: Calls of these batches are to be cut.
+ABORTS = "sluice_aborts"
 #: A listener's ring to itself, which proves that its connection lives.
 _SELF = "sluice_self"
 

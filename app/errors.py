@@ -14,7 +14,8 @@ SluiceError                     a sentence for a person: what is wrong, where, a
     ├── NotFoundError           404
     ├── ConflictError           409, permanent: never worth an automatic retry
     ├── TooLargeError           413
-    └── QuotaError              429, worth repeating later
+    ├── QuotaError              429, worth repeating later
+    └── IssuerUnavailableError  503: the issuer of users' tokens does not answer
 
 A message never carries a prompt, a provider's body or a secret: messages are logged.
 """
@@ -115,6 +116,12 @@ class ConflictError(RequestError):
     """The thing is in a state that does not allow this; repeating will not help."""
 
     status = 409
+
+
+class IssuerUnavailableError(RequestError):
+    """The issuer of users' tokens does not answer, so nobody can say whether a token is good."""
+
+    status = 503
 
 
 class TooLargeError(RequestError):

@@ -383,7 +383,7 @@ async def of_new(
     *,
     workspace_id: UUID,
     batch_id: UUID,
-    api_key_id: UUID,
+    api_key_id: UUID | None,
     appraisal: Appraisal,
     amounts: Sequence[Amount],
     priority: int,
@@ -410,7 +410,7 @@ async def of_new(
             conn, workspace_id=workspace_id, resource_ids=list(appraisal.loads)
         )
     }
-    own_ids: set[UUID] = {batch_id, api_key_id}
+    own_ids: set[UUID] = {batch_id} if api_key_id is None else {batch_id, api_key_id}
     own = NamedScope(scope_id=batch_id, kind="batch", name=None, dimension=None, value=None)
     everywhere = {s for row in learned.values() for s in row.scope_ids} | own_ids
     limits = await capacity.limits(conn, workspace_id=workspace_id, scope_ids=list(everywhere))

@@ -93,8 +93,9 @@ class Call:
 
     ``base_url`` may end in a version (``http://host/v1``, ``…/openai/v1/``, ``…/v1beta/openai``) or
     not (``http://host``). ``body`` is the JSON object as the user gave it: ``model`` is overwritten,
-    ``stream`` and ``stream_options`` are removed, everything else is sent byte for byte.
-    ``default_args`` is a JSON object too; its keys count where ``body`` does not have them.
+    ``stream``, ``stream_options`` and ``vmx`` are removed, everything else is sent byte for byte.
+    ``default_args`` is a JSON object too; its keys count where ``body`` does not have them; those of
+    ``override_args`` count even where it has.
     ``headers`` cannot replace what frames the message (host, length, encoding, connection).
     ``timeout_s`` bounds everything from the wait for a free connection to the last byte.
     ``send_by``: by `time.monotonic`; a call whose connection is there later is not sent (``late``).
@@ -108,6 +109,7 @@ class Call:
     api_key: str | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     default_args: bytes | None = field(default=None, repr=False)
+    override_args: bytes | None = field(default=None, repr=False)
     idempotency_key: str | None = None
     send_by: float | None = None
 
@@ -338,8 +340,9 @@ def _body(call: Call) -> bytes:
     defaults = _members(call.default_args) if call.default_args else {}
     if members is None or defaults is None:
         raise FaultError("bad_request_body", "The request is not a JSON object.")
-    members = {**members, **{k: v for k, v in defaults.items() if k not in members}}
-    for unwanted in ("stream", "stream_options"):
+    overrides = (_members(call.override_args) or {}) if call.override_args else {}
+    members = {**members, **{k: v for k, v in defaults.items() if k not in members}, **overrides}
+    for unwanted in ("stream", "stream_options", "vmx"):
         members.pop(unwanted, None)
     members["model"] = _json_string(call.model)
     return b"{%b}" % b",".join(

@@ -14,14 +14,14 @@ fail       a final refusal, the last allowed failure, or the last allowed crash
 retry      a failure (failures + 1) or a throttle (free) sends it back, visible later
 release    known to be unsent: back at once, reservation refunded, nothing burned
 reclaim    its worker vanished: back, the attempt is noted as lost (crashes + 1)
-cancel     by its batch; a call in flight is let finish and its answer kept
+cancel     by its batch; a call in flight is let finish and its answer kept, or it is cut
 
 Domain functions take ``conn`` first and never commit. ``Claimed`` and ``Item`` are made for every call
 and are not frozen for that reason alone: a frozen dataclass takes three times as long to make. Nobody
 changes one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import StrEnum
@@ -66,6 +66,7 @@ class Claimed:
     output_tokens: int
     expected_output_tokens: int
     impossible: bool
+    timeout_ms: int | None
     endpoint: str
     body: str
     claimed_at: datetime
@@ -84,6 +85,7 @@ class Item:
     """An item under lease: what to ask, and what its claim reserved.
 
     ``is_limited``: some limit counts it, so its call must leave soon after the claim, or not at all.
+    ``timeout_ms``: the longest time of its call; None: that of its resource.
     """
 
     workspace_id: UUID
@@ -103,6 +105,7 @@ class Item:
     claimed_at: datetime
     limit_ids: tuple[UUID, ...]
     is_limited: bool = False
+    timeout_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +271,11 @@ class BelowFloor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Aborted:
+    batch_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Reclaimed:
     reclaimed: int
 
@@ -305,6 +313,7 @@ _lapsed = Query("queue", "items_lapsed", Lapsed)
 _reclaim = Query("queue", "items_reclaim", _Reclaimed)
 _cancel = Query("queue", "batch_cancel", _Status)
 _cancel_chunk = Query("queue", "batch_cancel_chunk", _Marked)
+_aborted = Query("queue", "batches_aborted", _Aborted)
 _unmarked = Query("queue", "batches_unmarked", Unmarked)
 _flows_expired = Query("queue", "flows_expired", Expired)
 _flow_expire = Query("queue", "flow_expire", _Expired)
@@ -380,6 +389,7 @@ async def claim(
             claimed_at=row.claimed_at,
             limit_ids=tuple(row.limit_ids or ()),
             is_limited=row.is_limited,
+            timeout_ms=row.timeout_ms,
         )
         for row in rows
         if row.seq is not None
@@ -485,19 +495,34 @@ async def reclaim(
     return row.reclaimed
 
 
-async def cancel(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> str | None:
-    """Close a batch: from this commit on nothing of it is claimed. Its status, None if absent."""
-    return (await _cancel.one(conn, workspace_id=workspace_id, batch_id=batch_id)).status
+async def cancel(
+    conn: Connection, *, workspace_id: UUID, batch_id: UUID, abort: bool = False
+) -> str | None:
+    """Close a batch: from this commit on nothing of it is claimed. Its status, None if absent.
+
+    ``abort``: calls in flight are cut, by ``cancel_chunk`` and by the workers that are rung for.
+    """
+    row = await _cancel.one(conn, workspace_id=workspace_id, batch_id=batch_id, abort=abort)
+    return row.status
 
 
 async def cancel_chunk(
     conn: Connection, *, workspace_id: UUID, batch_day: date, batch_id: UUID, most: int = 2000
 ) -> int:
-    """Mark some items of a cancelled batch; how many."""
+    """Mark some items of a cancelled batch, those of calls to be cut first; how many."""
     row = await _cancel_chunk.one(
         conn, workspace_id=workspace_id, batch_day=batch_day, batch_id=batch_id, most=most
     )
     return row.marked
+
+
+async def aborted(conn: Connection, *, of: Iterable[tuple[UUID, UUID]]) -> set[UUID]:
+    """Which of these batches (workspace, batch) want their calls cut."""
+    asked = sorted(of)
+    rows = await _aborted.all(
+        conn, workspace_ids=[w for w, _ in asked], batch_ids=[b for _, b in asked]
+    )
+    return {row.batch_id for row in rows}
 
 
 async def expired(conn: Connection, *, most: int = 100) -> list[Expired]:

@@ -7,8 +7,10 @@ The only place that reads the environment. The table in README.md is made from t
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic import ValidationError as PydanticError
 
 from app.errors import SettingsError
@@ -83,6 +85,25 @@ class Settings(BaseModel):
         default=5000, ge=1, description="outcomes kept while the database is away"
     )
 
+    oidc_issuer: str | None = Field(
+        default=None, description="whose tokens let users in (OIDC), `https://…`; absent: keys only"
+    )
+    oidc_audience: str | None = Field(
+        default=None, description="what these tokens must be for: their `aud`"
+    )
+    oidc_leeway_s: int = Field(
+        default=30, ge=0, le=600, description="by how much the issuer's clock may differ from ours"
+    )
+    oidc_timeout_s: float = Field(
+        default=5.0, gt=0, le=60, description="longest wait for the issuer's keys"
+    )
+    oidc_keys_s: float = Field(
+        default=3600.0, ge=1, description="how long the issuer's keys are used before a new look"
+    )
+    users_create_workspaces: bool = Field(
+        default=True, description="whether any user may make a workspace, or the operator only"
+    )
+
     max_body_bytes: int = Field(
         default=100 * 1024 * 1024, ge=1024, description="largest request body"
     )
@@ -118,10 +139,19 @@ class Settings(BaseModel):
     max_response_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
     )
+    idempotency_hours: int = Field(
+        default=24, ge=1, description="how long an Idempotency-Key means the batch it made"
+    )
     default_timeout_ms: int = Field(
         default=300_000, ge=100, description="one provider call, where nothing else is said"
     )
     ledger_keep_hours: int = Field(default=48, ge=2, description="how long ledger slots are kept")
+    usage_days: int = Field(
+        default=366, ge=1, description="longest time that one question about usage may span"
+    )
+    usage_timeout_s: float = Field(
+        default=30.0, gt=0, description="longest time that Postgres may think about one"
+    )
     sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
     sse_recheck_s: float = Field(
         default=10.0, gt=0, description="how often a stream's caller is asked about again"
@@ -129,6 +159,26 @@ class Settings(BaseModel):
     stall_s: float = Field(
         default=60.0, ge=1, description="a client that takes nothing for so long is cut off"
     )
+
+    @model_validator(mode="after")
+    def _issuer_and_audience(self) -> Self:
+        if (self.oidc_issuer is None) != (self.oidc_audience is None):
+            raise ValueError("SLUICE_OIDC_ISSUER and SLUICE_OIDC_AUDIENCE go together")
+        return self
+
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _issuer_is_safe(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        # In the clear only on this machine: whoever can change the keys on their way is anybody.
+        here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and here)):
+            raise ValueError("must be an https address")
+        if parts.query or parts.fragment or parts.username is not None:
+            raise ValueError("must be an address without user, query and fragment")
+        return value
 
     @property
     def direct_url(self) -> str | None:
@@ -154,8 +204,12 @@ def load(overrides: Mapping[str, object] | None = None) -> Settings:
         return Settings.model_validate(given)
     except PydanticError as error:
         first = error.errors()[0]
-        name = PREFIX + str(first["loc"][0]).upper()
-        raise SettingsError(f"{name} cannot be used: {first['msg']}.") from None
+        said = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # of several together
+            raise SettingsError(f"{said}.") from None
+        raise SettingsError(
+            f"{PREFIX}{first['loc'][0]}".upper() + f" cannot be used: {said}."
+        ) from None
 
 
 def provider_key() -> str | None:

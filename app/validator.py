@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from app import batches, capacity, files, models, quotas, submissions, tenants
+from app import api_keys, batches, capacity, files, models, quotas, submissions
 from app.batch_lines import BatchLines, Line, LineError
 from app.batches import Ingest, NewBatch, NewItem
 from app.db import CONNECTION_ERRORS, Connection, Database
@@ -151,7 +151,7 @@ async def _resources(
     names: Sequence[str],
 ) -> tuple[dict[str, Resource], dict[str, LineError]]:
     """What models mean to a caller, and why some mean nothing."""
-    key = await tenants.api_key_entity(
+    key = await api_keys.get(
         conn, workspace_id=workspace_id, environment_id=environment_id, api_key_id=api_key_id
     )
     allowed = _allowed(key.resources if key is not None else [])

@@ -1,11 +1,12 @@
 """The worker: claims what it can start at once, calls the provider, records outcomes together.
 
-Four loops around the in-flight calls, each supervised:
+Five loops around the in-flight calls, each supervised:
 
     claim      asks the due resources for as many items as there are free slots, then sleeps until
                capacity frees, a ring, or a free slot; every 5 s it looks anyway
     flush      writes outcomes: a few hundred, or what came within a few tens of milliseconds
     heartbeat  shows that the process lives
+    cut        lets go of the calls of cancelled batches, when told so and with every heartbeat
     listen     hears rings
 
 No transaction is open during a call. While the database is away, outcomes are kept (a bounded
@@ -30,8 +31,9 @@ import msgspec
 import psycopg
 
 from app import __version__, queue, tenants
+from app.batches import vmx_of
 from app.db import CONNECTION_ERRORS, Database
-from app.doorbell import EVENTS, WORK, Listener, Ringer
+from app.doorbell import ABORTS, EVENTS, WORK, Listener, Ringer
 from app.errors import SecretError
 from app.ids import uuid7
 from app.log import Log
@@ -120,8 +122,9 @@ class Worker:
             max_connections=settings.concurrency, max_response_bytes=settings.max_response_bytes
         )
         self._ringer = Ringer(db)
-        self._listener = Listener(listen_url, [WORK], self._heard, db=db)
-        self._calls: set[asyncio.Task[None]] = set()
+        self._listener = Listener(listen_url, [WORK, ABORTS], self._heard, db=db)
+        self._calls: dict[asyncio.Task[None], Item] = {}
+        self._told_to_cut = asyncio.Event()
         self._finished: deque[_Finished] = deque()
         self._has_finished = asyncio.Event()
         self._flushing = asyncio.Lock()
@@ -145,6 +148,7 @@ class Worker:
         background.start("listen", self._listener.run)
         background.start("ring", self._ringer.run)
         background.start("heartbeat", self._heartbeat_loop)
+        background.start("cut", self._cut_loop)
         background.start("flush", self._flush_loop)
         claiming = Supervisor("worker")
         claiming.start("claim", self._claim_loop)
@@ -165,8 +169,10 @@ class Worker:
     # Claiming --------------------------------------------------------------------------------------
 
     def _heard(self, channel: str, ids: frozenset[UUID] | None) -> None:
-        del channel, ids
-        self._wake.set()
+        if channel != ABORTS:
+            self._wake.set()
+        elif ids is None or any(item.batch_id in ids for item in self._calls.values()):
+            self._told_to_cut.set()
 
     async def _claim_loop(self) -> None:
         while True:
@@ -325,11 +331,11 @@ class Worker:
             self._settle_unsent(item, Outcome.unsent, "SECRET_UNREADABLE", str(target), wait_s=30.0)
         else:
             task = asyncio.create_task(self._call(item, target, claim_begun))
-            self._calls.add(task)
+            self._calls[task] = item
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._calls.discard(task)
+        del self._calls[task]
         self._slot_freed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             # A mistake of ours; the lease brings the item back.
@@ -342,16 +348,20 @@ class Worker:
             self._settle_unsent(item, Outcome.unsent, None, None)
             return
         route = target.route
+        vmx = vmx_of(item.body)
         started_at = datetime.now(UTC)  # noqa: TID251 - a fact about this host, not a deadline
         call = Call(
             base_url=route.base_url,
             endpoint=Endpoint(item.endpoint),
             model=route.model,
             body=item.body.encode(),
-            timeout_s=route.timeout_ms / 1000,
+            timeout_s=(item.timeout_ms or route.timeout_ms) / 1000,
             api_key=target.secret,
             headers=route.headers,
             default_args=target.default_args,
+            override_args=msgspec.json.encode(vmx.provider_args)
+            if vmx is not None and vmx.provider_args
+            else None,
             # The same for every attempt of an item: a provider that honours it bills it once.
             idempotency_key=f"sluice-{item.batch_id}-{item.seq}",
             send_by=send_by,
@@ -359,10 +369,12 @@ class Worker:
         try:
             outcome = await self._provider.call(call)
         except asyncio.CancelledError:
-            # Stopped in mid-call: it may have been made, so it is no release; nothing is burned.
+            # Cut in mid-call: it may have been made, so it is no release; nothing is burned.
             settlement = self._settlement(item, Outcome.lost, connection_id=route.connection_id)
             settlement.error_code = "aborted"
-            settlement.error_message = "the worker was stopped during the call"
+            settlement.error_message = (
+                "the call was cut: its worker stopped, or its batch was cancelled"
+            )
             self._finish(item, settlement, None)
             return
         if isinstance(outcome, Unreachable) and outcome.code == "late":
@@ -585,6 +597,25 @@ class Worker:
     async def _beat(self) -> None:
         async with self._db.connection() as conn:
             await queue.heartbeat(conn, worker_id=self.worker_id, in_flight=len(self._calls))
+        self._told_to_cut.set()  # a ring may have been lost
+
+    async def _cut_loop(self) -> None:
+        while True:
+            await self._told_to_cut.wait()
+            self._told_to_cut.clear()
+            if self._calls:
+                await self._db.persist(self._cut, what="looking for calls to cut")
+
+    async def _cut(self) -> None:
+        """Let go of the calls of batches that were cancelled with all their calls."""
+        held = {(item.workspace_id, item.batch_id) for item in self._calls.values()}
+        async with self._db.connection() as conn:
+            aborted = await queue.aborted(conn, of=held)
+        for call, item in list(self._calls.items()):
+            if item.batch_id in aborted:
+                call.cancel()
+        for batch_id in aborted:
+            log.info("call.cut", batch=batch_id)
 
     async def _drain(self) -> None:
         """Let calls finish; after ``drain_s`` or a second signal, abort the rest."""

@@ -24,7 +24,7 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
-from app import batches, doctor, embedded, migrate, settings, tenants
+from app import api_keys, batches, doctor, embedded, migrate, settings, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount
 from app.db import Database
@@ -254,7 +254,7 @@ class Rig:
     async def create_key(self, name: str, amounts: Sequence[Amount]) -> UUID:
         """A key that may create batches."""
         async with self.db.transaction() as conn:
-            key_id, _ = await tenants.create_api_key(conn, name=name, amounts=amounts, **self.ids)
+            key_id, _ = await api_keys.create(conn, name=name, amounts=amounts, **self.ids)
         return key_id
 
     async def submit(

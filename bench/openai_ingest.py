@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import openai
 
-from app import tenants
+from app import api_keys
 from bench._rig import Rig
 
 _TEXTS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
@@ -107,7 +107,7 @@ async def _measure(home: Path) -> None:
     ) as rig:
         await rig.create_resource("small")
         async with rig.db.transaction() as conn:
-            _, key = await tenants.create_api_key(conn, name="bench", **rig.ids)
+            _, key = await api_keys.create(conn, name="bench", **rig.ids)
         await rig.start_workers(1)
         api, url = rig.start_api()
         before = _memory(api)

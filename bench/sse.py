@@ -39,7 +39,7 @@ from uuid import UUID
 
 import uvloop
 
-from app import batches, embedded, migrate, queue, settings, tenants
+from app import api_keys, batches, embedded, migrate, queue, settings, tenants
 from app.batches import Ingest, NewBatch, NewItem
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, Ringer
@@ -419,7 +419,7 @@ async def _tenant(db: Database, keyring: Keyring) -> tuple[tenants.Environment, 
         resource_id = await tenants.create_resource(
             conn, connection_id=connection_id, name="none", model="none", **ids
         )
-        _, key = await tenants.create_api_key(conn, name="bench", **ids)
+        _, key = await api_keys.create(conn, name="bench", **ids)
     return tenant, resource_id, key
 
 

@@ -42,6 +42,9 @@ comment on type wait_reason is
     'What a resource''s next item waits for: room in a limit, an even pace below it, a call to end, the end '
     'of a rest that the provider asked for, or its own next try.';
 
+create type member_role as enum ('owner', 'member', 'read-only');
+comment on type member_role is 'What a user may do in a workspace: everything, everything but to admit others, or look.';
+
 create type event_kind as enum (
     'batch-created', 'batch-running', 'batch-completed', 'batch-failed', 'batch-cancelled',
     'item-running', 'item-completed', 'item-failed', 'item-retrying', 'item-cancelled'
@@ -77,7 +80,8 @@ comment on type claim_pick is 'Scratch of claim(): an item admitted. Never store
 
 create type taken_item as (
     workspace_id uuid, batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
-    flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean
+    flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean,
+    timeout_ms int
 );
 comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
 
@@ -113,11 +117,46 @@ comment on type settled_item is
 
 -- Tenants ----------------------------------------------------------------------------------------
 
+create table users (
+    user_id uuid not null,
+    issuer text not null,
+    subject text not null,
+    name text,
+    first_name text,
+    last_name text,
+    username text,
+    email text,
+    email_verified boolean not null default false,
+    picture_url text,
+    created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    last_seen_at timestamptz not null default now(),
+    constraint users_pkey primary key (user_id),
+    constraint users_subject_unique unique (issuer, subject)
+);
+comment on table users is
+    'A person, as the issuer of identities describes them; made when they are first seen. Belongs to no tenant.';
+comment on column users.user_id is 'UUIDv7, minted by the application.';
+comment on column users.issuer is 'Who vouches for them: iss of their tokens.';
+comment on column users.subject is 'Their id there: sub of their tokens. Names and addresses may change, this does not.';
+comment on column users.name is 'For people, as the newest token says; so are the following.';
+comment on column users.first_name is 'For people.';
+comment on column users.last_name is 'For people.';
+comment on column users.username is 'For people.';
+comment on column users.email is 'For people; never used to decide who they are.';
+comment on column users.email_verified is 'Whether the issuer says that it verified the address.';
+comment on column users.picture_url is 'For people.';
+comment on column users.created_at is 'When they were first seen.';
+comment on column users.updated_at is 'When what the issuer says of them last changed.';
+comment on column users.last_seen_at is 'When they last came, to the minute.';
+
 create table workspaces (
     workspace_id uuid not null,
     name text not null,
     description text,
     created_at timestamptz not null default now(),
+    updated_at timestamptz not null default now(),
+    deleted_at timestamptz,
     quota_items bigint,
     quota_batches bigint,
     quota_bytes bigint,
@@ -135,6 +174,24 @@ comment on column workspaces.quota_batches is
     'Most batches that have not ended; 0: any number, null: what SLUICE_QUOTA_BATCHES says.';
 comment on column workspaces.quota_bytes is
     'Most bytes of their requests; 0: any number, null: what SLUICE_QUOTA_BYTES says.';
+comment on column workspaces.updated_at is 'When a person last changed it.';
+comment on column workspaces.deleted_at is 'Nobody enters it from then on; its history stays.';
+
+create table workspace_members (
+    workspace_id uuid not null references workspaces,
+    user_id uuid not null references users,
+    role member_role not null,
+    added_at timestamptz not null default now(),
+    added_by uuid,
+    constraint workspace_members_pkey primary key (workspace_id, user_id)
+);
+create index workspace_members_by_user on workspace_members (user_id);
+comment on table workspace_members is 'Which users may enter a workspace, and what they may do there.';
+comment on column workspace_members.workspace_id is 'The tenant.';
+comment on column workspace_members.user_id is 'The user.';
+comment on column workspace_members.role is 'What they may do.';
+comment on column workspace_members.added_at is 'When they were admitted.';
+comment on column workspace_members.added_by is 'The user who admitted them; null: the operator.';
 
 create table environments (
     workspace_id uuid not null references workspaces,
@@ -142,15 +199,19 @@ create table environments (
     name text not null,
     description text,
     created_at timestamptz not null default now(),
-    constraint environments_pkey primary key (workspace_id, environment_id),
-    constraint environments_name_unique unique (workspace_id, name)
+    updated_at timestamptz not null default now(),
+    deleted_at timestamptz,
+    constraint environments_pkey primary key (workspace_id, environment_id)
 );
+create unique index environments_name_unique on environments (workspace_id, name) where deleted_at is null;
 comment on table environments is 'A stage of a workspace, such as test or production.';
 comment on column environments.workspace_id is 'The tenant.';
 comment on column environments.environment_id is 'UUIDv7, minted by the application.';
-comment on column environments.name is 'For people; unique in its workspace.';
+comment on column environments.name is 'For people; unique in its workspace while it lasts.';
 comment on column environments.description is 'For people.';
 comment on column environments.created_at is 'When the row was made.';
+comment on column environments.updated_at is 'When a person last changed it.';
+comment on column environments.deleted_at is 'Nobody enters it from then on; its history stays.';
 
 create table api_keys (
     workspace_id uuid not null,
@@ -167,14 +228,24 @@ create table api_keys (
     capacity jsonb not null default '[]',
     expires_at timestamptz,
     last_used_at timestamptz,
+    permissions text[] not null default '{*}',
+    previous_hash bytea,
+    previous_until timestamptz,
+    rotated_at timestamptz,
+    deleted_at timestamptz,
+    created_by uuid,
+    updated_by uuid,
     created_at timestamptz not null default now(),
     updated_at timestamptz not null default now(),
     constraint api_keys_pkey primary key (workspace_id, api_key_id),
     constraint api_keys_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
-    constraint api_keys_hash_is_sha256 check (length(hash) = 32)
+    constraint api_keys_hash_is_sha256 check (length(hash) = 32),
+    constraint api_keys_previous_has_an_end check ((previous_hash is null) = (previous_until is null)),
+    constraint api_keys_deleted_opens_nothing check (deleted_at is null or not enabled)
 );
 create index api_keys_by_hash on api_keys (hash);
+create index api_keys_by_previous_hash on api_keys (previous_hash) where previous_hash is not null;
 comment on table api_keys is 'How a program enters. The key itself is shown once and never stored.';
 comment on column api_keys.workspace_id is 'The tenant.';
 comment on column api_keys.api_key_id is 'UUIDv7, minted by the application.';
@@ -190,6 +261,14 @@ comment on column api_keys.enforce_capacity is 'Whether the key''s own capacity 
 comment on column api_keys.capacity is 'Limits as the wire gave them.';
 comment on column api_keys.expires_at is 'Refused from then on; null never.';
 comment on column api_keys.last_used_at is 'When it last opened a door, to the minute.';
+comment on column api_keys.permissions is
+    'Actions that the key may perform, as patterns in which * stands for any text: completion-batch:get, *:list.';
+comment on column api_keys.previous_hash is 'The hash before its rotation, which opens until previous_until.';
+comment on column api_keys.previous_until is 'End of the overlap of its rotation.';
+comment on column api_keys.rotated_at is 'When it was last given a new value.';
+comment on column api_keys.deleted_at is 'It is shown no more from then on; batches still name their creator.';
+comment on column api_keys.created_by is 'The user or the key that made it; null: the operator.';
+comment on column api_keys.updated_by is 'The user or the key that last changed it; null: nobody did.';
 comment on column api_keys.created_at is 'When the row was made.';
 comment on column api_keys.updated_at is 'When a person last changed it.';
 
@@ -482,6 +561,9 @@ create table batches (
     expired_at timestamptz,
     source_ip text,
     redrives int not null default 0,
+    created_by_user_id uuid,
+    timeout_ms int,
+    max_attempts smallint,
     constraint batches_pkey primary key (workspace_id, batch_id),
     constraint batches_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
@@ -490,7 +572,9 @@ create table batches (
     constraint batches_end_has_a_time check
         ((status in ('completed', 'failed')) <= (completed_at is not null)),
     constraint batches_cancel_has_a_time check ((status = 'cancelled') = (cancelled_at is not null)),
-    constraint batches_running_has_started check (status <> 'running' or started_at is not null)
+    constraint batches_running_has_started check (status <> 'running' or started_at is not null),
+    constraint batches_timeout_positive check (timeout_ms > 0),
+    constraint batches_max_attempts_positive check (max_attempts > 0)
 );
 create unique index batches_idempotency_key_unique
     on batches (workspace_id, environment_id, idempotency_key) where idempotency_key is not null;
@@ -514,7 +598,8 @@ comment on column batches.total_items is 'How many items it was created with.';
 comment on column batches.estimated_input_tokens is 'Sum of the items'' estimates at creation.';
 comment on column batches.idempotency_key is 'A second creation with the same key returns this batch.';
 comment on column batches.request_hash is 'SHA-256 of the creating request, to tell a true repeat.';
-comment on column batches.created_by_api_key_id is 'The key that created it; null: the command line.';
+comment on column batches.created_by_api_key_id is 'The key that created it; null: a user, or the command line.';
+comment on column batches.created_by_user_id is 'The user who created it; null: a key, or the command line.';
 comment on column batches.created_at is 'When it was accepted.';
 comment on column batches.started_at is 'When its first item was claimed.';
 comment on column batches.cancelled_at is 'When it was cancelled.';
@@ -524,6 +609,9 @@ comment on column batches.expires_at is 'No item is begun from then on; null: no
 comment on column batches.expired_at is 'When items were first given up because of that; null: never.';
 comment on column batches.source_ip is 'Address of the client that created it, for limits per address.';
 comment on column batches.redrives is 'How often failed items were put back; its error file begins anew each time.';
+comment on column batches.timeout_ms is
+    'Longest time of one call as its creator wanted it, in milliseconds; null: that of the resource.';
+comment on column batches.max_attempts is 'Failures before an item fails, as its creator wanted it; null: the usual.';
 
 create table flows (
     workspace_id uuid not null,
@@ -556,6 +644,7 @@ create table flows (
     request_bytes bigint not null default 0,
     cached_tokens bigint not null default 0,
     reasoning_tokens bigint not null default 0,
+    is_aborted boolean not null default false,
     constraint flows_pkey primary key (workspace_id, batch_id, resource_id),
     constraint flows_counts_add_up check (pending + running + completed + failed + cancelled = total),
     constraint flows_counts_not_negative check (
@@ -564,6 +653,7 @@ create table flows (
     constraint flows_unstarted_are_pending check (unstarted <= pending),
     constraint flows_weight_in_range check (weight between 0.1 and 100),
     constraint flows_cancelled_have_no_pending check (not is_cancelled or pending = 0),
+    constraint flows_aborted_are_cancelled check (is_cancelled or not is_aborted),
     constraint flows_open_while_unfinished check (is_open = (pending + running + unmarked > 0))
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 create index flows_open on flows (workspace_id, resource_id) where is_open;
@@ -605,6 +695,7 @@ comment on column flows.waits_for is 'That limit; null: it waits for none.';
 comment on column flows.request_bytes is 'Size of its requests as they were submitted.';
 comment on column flows.cached_tokens is 'Those of its input tokens that the provider had cached.';
 comment on column flows.reasoning_tokens is 'Those of its output tokens that were reasoning.';
+comment on column flows.is_aborted is 'Cancelled with all its calls: workers cut those in flight.';
 
 create table ready (
     workspace_id uuid not null,
@@ -647,7 +738,9 @@ create table items (
     worker_id uuid,
     reserved_limits uuid[],
     expected_output_tokens int,
+    timeout_ms int,
     constraint items_pkey primary key (workspace_id, batch_day, batch_id, seq),
+    constraint items_timeout_positive check (timeout_ms > 0),
     constraint items_attempt_not_negative check (attempt >= 0 and failures >= 0 and crashes >= 0),
     constraint items_seq_not_negative check (seq >= 0),
     constraint items_running_has_a_lease check (
@@ -697,6 +790,7 @@ comment on column items.max_attempts is 'It fails for good with this many failur
 comment on column items.worker_id is 'Who holds the lease.';
 comment on column items.reserved_limits is 'The limits that the claim reserved from.';
 comment on column items.expected_output_tokens is 'What the claim added to the pace of each of them.';
+comment on column items.timeout_ms is 'Longest time of one call, in milliseconds; null: that of the resource.';
 
 create table item_requests (
     workspace_id uuid not null,
@@ -705,6 +799,7 @@ create table item_requests (
     seq int not null,
     custom_id text,
     body json not null,
+    vmx jsonb,
     constraint item_requests_pkey primary key (workspace_id, batch_day, batch_id, seq)
 ) partition by range (batch_day);
 comment on table item_requests is 'What is asked. Never changed.';
@@ -715,6 +810,8 @@ comment on column item_requests.seq is 'The item.';
 comment on column item_requests.custom_id is 'The creator''s own name for it.';
 comment on column item_requests.body is
     'The request to the letter. json, not jsonb: key order, numbers and escapes stay as they came.';
+comment on column item_requests.vmx is
+    'The body''s member of that name, which is for Sluice and not sent on; null: it has none.';
 
 create table item_results (
     workspace_id uuid not null,
@@ -781,6 +878,7 @@ create table attempts (
     constraint attempts_pkey primary key (workspace_id, batch_day, batch_id, seq, attempt),
     constraint attempts_attempt_positive check (attempt > 0)
 ) partition by range (batch_day);
+create index attempts_by_time on attempts using brin (ended_at) with (pages_per_range = 32);
 comment on table attempts is
     'One row per provider call, written when it ended; plus one correction when a lost one reports '
     'after all. With the running items it accounts for every number in the ledger.';

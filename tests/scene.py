@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import batches, capacity, events, queue, tenants
+from app import api_keys, batches, capacity, events, items, queue, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.capacity import Amount, LimitUse
 from app.db import Connection, Database
@@ -194,7 +194,7 @@ class Scene:
     async def api_key(self, *amounts: Amount) -> UUID:
         """A key with limits; ``submit`` takes its id."""
         async with self.db.transaction() as conn:
-            api_key_id, _ = await tenants.create_api_key(
+            api_key_id, _ = await api_keys.create(
                 conn,
                 workspace_id=self.workspace_id,
                 environment_id=self.environment_id,
@@ -397,12 +397,16 @@ class Scene:
             wait_s=0,
         )
 
-    async def cancel(self, batch: Batch, *, conn: Connection | None = None) -> str | None:
+    async def cancel(
+        self, batch: Batch, *, conn: Connection | None = None, abort: bool = False
+    ) -> str | None:
         """Close a batch; its rows follow with ``mark``."""
         if conn is None:
             async with self.db.transaction() as own:
-                return await self.cancel(batch, conn=own)
-        return await queue.cancel(conn, workspace_id=self.workspace_id, batch_id=batch.batch_id)
+                return await self.cancel(batch, conn=own, abort=abort)
+        return await queue.cancel(
+            conn, workspace_id=self.workspace_id, batch_id=batch.batch_id, abort=abort
+        )
 
     async def mark(self, batch: Batch, *, conn: Connection | None = None, most: int = 2000) -> int:
         """Let some rows of a cancelled batch follow; how many."""
@@ -418,14 +422,19 @@ class Scene:
         )
 
     async def redrive(
-        self, batch: Batch, *, conn: Connection | None = None, most: int = 5000
+        self,
+        batch: Batch,
+        *,
+        conn: Connection | None = None,
+        most: int = 5000,
+        **which: Any,  # noqa: ANN401 - batches.redrive's
     ) -> int:
-        """Put failed items back; how many."""
+        """Put failed items back, or those that ``which`` says; how many."""
         if conn is None:
             async with self.db.transaction() as own:
-                return await self.redrive(batch, conn=own, most=most)
+                return await self.redrive(batch, conn=own, most=most, **which)
         return await batches.redrive(
-            conn, workspace_id=self.workspace_id, batch_id=batch.batch_id, most=most
+            conn, workspace_id=self.workspace_id, batch_id=batch.batch_id, most=most, **which
         )
 
     async def expire(
@@ -579,10 +588,11 @@ class Scene:
                 self.workspace_id,
             )
 
-    async def items(self, batch: Batch) -> list[batches.Item]:
+    async def items(self, batch: Batch) -> list[items.Item]:
         """All items of a batch, as the API reads them."""
         async with self.db.connection() as conn:
-            return await batches.items(conn, batch=batch, most=100_000)
+            numbers = await items.seqs(conn, batch=batch, most=100_000)
+            return await items.numbered(conn, batch=batch, seqs=numbers)
 
     async def events(self, batch: Batch) -> list[Event]:
         """The whole history of a batch."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import batches, tenants
+from app import batches, items, tenants
 from app.batches import Batch, Ingest, NewBatch, NewItem
 from app.db import Connection, Database
 from app.errors import ConflictError, ValidationError
@@ -369,25 +369,27 @@ async def test_batches_are_listed_newest_first_by_state_and_page(scene: Scene) -
                 conn,
                 workspace_id=scene.workspace_id,
                 environment_id=scene.environment_id,
-                **cast("Any", {"before": None, "status": None, "most": 10} | options),
+                **cast("Any", {"before": None, "only": batches.Only(), "most": 10} | options),
             )
 
     newest = [b.batch_id for b in reversed(made)]
     assert [b.batch_id for b in await page()] == newest
     assert [b.batch_id for b in await page(most=2)] == newest[:2]
     assert [b.batch_id for b in await page(before=newest[1])] == newest[2:]
-    assert [b.batch_id for b in await page(status="cancelled")] == [made[1].batch_id]
+    cancelled = batches.Only(statuses=["cancelled"])
+    assert [b.batch_id for b in await page(only=cancelled)] == [made[1].batch_id]
 
 
 async def test_items_are_read_from_a_number_on_by_state_and_by_number(scene: Scene) -> None:
     batch = await scene.submit(6)
     await scene.settle((await scene.claim(2)).items)
     async with scene.db.connection() as conn:
-        later = await batches.items(conn, batch=batch, from_seq=4)
-        done = await batches.items(conn, batch=batch, status="completed")
-        some = await batches.items_numbered(conn, batch=batch, seqs=[5, 0])
-    assert [i.seq for i in later] == [4, 5]
-    assert [i.seq for i in done] == [0, 1]
+        later = await items.seqs(conn, batch=batch, start=4)
+        before = await items.seqs(conn, batch=batch, start=4, back=True, most=3)
+        done = await items.seqs(conn, batch=batch, only=items.Only(statuses=["completed"]))
+        last = await items.seqs(conn, batch=batch, only=items.Only(statuses=["pending"]), back=True)
+        some = await items.numbered(conn, batch=batch, seqs=[5, 0])
+    assert (later, before, done, last) == ([4, 5], [3, 2, 1], [0, 1], [5, 4, 3, 2])
     assert [(i.seq, i.status) for i in some] == [(0, "completed"), (5, "pending")]
 
 
@@ -398,8 +400,11 @@ async def test_items_cancelled_are_found_by_that_state_before_their_rows_say_so(
     await scene.settle((await scene.claim(1)).items)
     await scene.cancel(batch)
     async with scene.db.connection() as conn:
-        assert [i.seq for i in await batches.items(conn, batch=batch, status="cancelled")] == [1, 2]
-        assert await batches.items(conn, batch=batch, status="pending") == []
+        cancelled = items.Only(statuses=["cancelled"])
+        assert await items.seqs(conn, batch=batch, only=cancelled) == [1, 2]
+        pending = items.Only(statuses=["pending"])
+        assert await items.seqs(conn, batch=batch, only=pending) == []
+        assert await items.first_open(conn, batch=batch) is None
 
 
 async def test_results_stream_every_item_in_input_order(scene: Scene) -> None:
@@ -410,7 +415,7 @@ async def test_results_stream_every_item_in_input_order(scene: Scene) -> None:
     async with scene.db.transaction() as conn:
         read = [
             result
-            async for result in batches.results(
+            async for result in items.results(
                 conn,
                 workspace_id=scene.workspace_id,
                 batch_id=batch.batch_id,

@@ -448,15 +448,23 @@ class Stage:
         await scene.limit(requests=1000)
         self.batch = await scene.submit(40, resources=[0, 1])
         self.closed = await scene.submit(10)
-        mine = (await scene.claim(12)).items
+        self.cut = await scene.submit(10)
+        self.gone = await scene.submit(3)
+        await scene.cancel(self.gone)
+        while await scene.mark(self.gone):
+            pass
+        mine = (await scene.claim(18)).items
+        cut = [i for i in mine if i.batch_id == self.cut.batch_id]
         closed = [i for i in mine if i.batch_id == self.closed.batch_id]
         mine = [i for i in mine if i.batch_id == self.batch.batch_id]
         assert len(closed) >= 3
         assert len(mine) >= 4
+        assert len(cut) >= 4
         await scene.settle([mine.pop()], Outcome.rejected)
         await scene.cancel(self.closed)
+        await scene.cancel(self.cut, abort=True)
         self.lost = [mine.pop()]
-        self.held = [*mine, *closed]
+        self.held = [*mine, *closed, *cut]
 
     async def claim(self, conn: Connection) -> None:
         self.held += (await self.scene.claim(5, conn=conn)).items
@@ -479,11 +487,19 @@ class Stage:
     async def cancel_chunk(self, conn: Connection) -> None:
         await self.scene.mark(self.closed, conn=conn, most=3)
 
+    async def abort_chunk(self, conn: Connection) -> None:
+        await self.scene.mark(self.cut, conn=conn, most=3)
+
     async def redrive(self, conn: Connection) -> None:
         await self.scene.redrive(self.batch, conn=conn)
 
+    async def revive(self, conn: Connection) -> None:
+        await self.scene.redrive(self.gone, conn=conn, statuses=["cancelled"])
 
-VERBS = ("claim", "settle", "reclaim", "cancel", "cancel_chunk", "redrive")
+
+VERBS = (
+    "claim", "settle", "reclaim", "cancel", "cancel_chunk", "abort_chunk", "redrive", "revive",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("held_open", VERBS)
@@ -527,7 +543,7 @@ async def _pair(
     for resource in (0, 1):
         while items := (await scene.claim(resource=resource)).items:
             await scene.settle(items)
-    for batch in (stage.batch, stage.closed):
+    for batch in (stage.batch, stage.closed, stage.cut, stage.gone):
         while await scene.mark(batch):
             pass
         assert (await scene.batch(batch.batch_id)).is_finished

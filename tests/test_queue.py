@@ -1004,6 +1004,7 @@ async def test_redrive_puts_failed_items_back_with_fresh_counts(scene: Scene) ->
         "batch-created",
         "batch-running",
         "batch-failed",
+        "batch-running",
         "batch-completed",
     ]
     assert await scene.redrive(batch) == 0

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import psycopg
@@ -86,3 +87,49 @@ def test_statements_are_never_assembled() -> None:
                 first = node.values[0] if node.values else None
                 text = first.value if isinstance(first, ast.Constant) else ""
                 assert not str(text).lower().startswith(verbs), f"{file.name}:{node.lineno}"
+
+
+#: Statements that look across tenants, and for whom. None of them is a handler's but the first two.
+ACROSS_TENANTS = {
+    "the door: finds the tenant": {"api_keys.api_key_by_hash"},
+    "a user's own list": {"workspaces.workspaces_of"},
+    "the operator's command line": {"workspaces.workspaces_all", "tenants.environment_named"},
+    "doctor": {
+        "doctor.counters_off",
+        "doctor.ledger_off",
+        "doctor.ready_behind",
+        "doctor.secrets_stored",
+        "doctor.workers_seen",
+    },
+    "validators of files": {"submissions.submission_lease"},
+    "workers and maintenance": {
+        "files.files_prune",
+        "queue.batches_unmarked",
+        "queue.flows_expired",
+        "queue.items_below_floor",
+        "queue.items_held_by",
+        "queue.items_lapsed",
+        "queue.ledger_prune",
+        "queue.ready_due",
+        "queue.ready_recompute",
+        "queue.workers_forget",
+        "results.result_files_forget",
+    },
+}
+
+
+def test_every_statement_on_a_tenants_table_names_the_tenant(shared_database: str) -> None:
+    with psycopg.connect(shared_database) as conn:
+        rows = conn.execute(
+            "select c.relname from pg_class c join pg_attribute a on a.attrelid = c.oid"
+            " where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p')"
+            " and a.attname = 'workspace_id'"
+        ).fetchall()
+    tables = {name for (name,) in rows}
+    found: set[str] = set()
+    for query in QUERIES:
+        text = re.sub(r"--[^\n]*", "", query.sql.decode())
+        used = set(re.findall(r"\b(?:from|join|into|update)\s+(\w+)", text)) & tables
+        if used and "%(workspace_id)s" not in text:
+            found.add(f"{query.file}.{query.name}")
+    assert found == set[str]().union(*ACROSS_TENANTS.values())

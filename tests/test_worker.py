@@ -1,6 +1,7 @@
 """The worker against a real provider (the simulator on loopback) and a real database."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,8 +12,10 @@ import pytest
 
 from app.batches import Batch
 from app.db import CONNECTION_ERRORS
-from app.doorbell import WORK, Ringer
+from app.doorbell import ABORTS, WORK, Ringer
 from app.maintenance import Maintenance
+from app.provider import Call, Outcome, Provider
+from app.provider import _body as provider_body  # pyright: ignore[reportPrivateUsage] - what is sent
 from app.settings import Settings
 from app.simulator import Behaviour, Simulator
 from app.worker import Worker
@@ -487,3 +490,65 @@ async def _hears(scene: Scene) -> bool:
 
 async def _equals(worker: Worker, calls: int) -> bool:
     return worker.in_flight == calls
+
+
+@pytest.mark.parametrize("rung", [True, False])
+async def test_calls_of_an_aborted_batch_are_cut_and_only_noted(
+    database: str, *, rung: bool
+) -> None:
+    """Told by a ring, or, when that was lost, found at the next heartbeat."""
+    async with (
+        simulator(latency_ms=60_000, latency_sigma=0) as (provider, url),
+        Scene.open(database, base_url=url) as scene,
+        working(scene, database) as worker,
+    ):
+        batch, other = await scene.submit(bodies(5)), await scene.submit(bodies(1))
+
+        async def are_out() -> bool:
+            return provider.report()["accepted"] == 6
+
+        await until(are_out)
+        await scene.cancel(batch, abort=True)
+        assert await scene.mark(batch) == 5
+        if rung:
+            ringer = Ringer(scene.db)
+            ringer.ring(ABORTS, {batch.batch_id})
+            await ringer.flush()
+
+        async def are_cut() -> bool:
+            return worker.in_flight == 1 and provider.report()["abandoned"] == 5
+
+        await until(are_cut)
+        state = await scene.batch(batch.batch_id)
+        assert (state.status, state.cancelled, state.running) == ("cancelled", 5, 0)
+        assert await scene.rows(
+            "select outcome::text, error_code, count(*) from attempts group by 1, 2"
+        ) == [("lost", "aborted", 5)]
+        await scene.check_books()
+        await scene.cancel(other, abort=True)
+        await scene.mark(other)
+
+
+async def test_what_a_request_says_to_us_is_heeded_and_not_sent_on(database: str) -> None:
+    seen: list[Call] = []
+    call = Provider.call
+
+    async def watched(self: Provider, given: Call) -> Outcome:
+        seen.append(given)
+        return await call(self, given)
+
+    own = (
+        b'{"messages":[{"role":"user","content":"x"}],"max_tokens":9,"vmx":{"timeoutMs":5000,'
+        b'"providerArgs":{"max_tokens":30,"user":"u"}}}'
+    )
+    async with simulator() as (_, url), Scene.open(database, base_url=url) as scene:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Provider, "call", watched)
+            batch = await scene.submit([own])
+            await scene.do("update items set timeout_ms = 5000")
+            async with working(scene, database):
+                assert (await ended(scene, batch)).status == "completed"
+    assert [c.timeout_s for c in seen] == [5]
+    sent = json.loads(provider_body(seen[0]))
+    assert "vmx" not in sent
+    assert (sent["max_tokens"], sent["user"]) == (30, "u")

@@ -11,7 +11,19 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
-from app.api import batches, errors, health, openai_batches, openai_files, openai_wire, tenants
+from app.api import (
+    batches,
+    errors,
+    health,
+    keys,
+    openai_batches,
+    openai_files,
+    openai_wire,
+    tenants,
+    usage,
+    workspaces,
+)
+from app.api.auth import require_declared
 from app.api.context import Context
 from app.api.documentation import documentation
 from app.api.streams import Hub
@@ -19,6 +31,7 @@ from app.db import Database
 from app.doorbell import EVENTS, Listener, Ringer
 from app.errors import SluiceError
 from app.log import Log
+from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
@@ -42,6 +55,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         ringer=ringer,
         hub=hub,
         validator=Validator(settings, db, ringer=ringer),
+        issuer=_issuer(settings),
     )
 
     def given() -> Context:
@@ -67,10 +81,12 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
             await asyncio.gather(*context.chores, return_exceptions=True)
             await supervisor.stop()
             await context.ringer.flush()
+            if context.issuer is not None:
+                await context.issuer.close()
 
     base = settings.base_path.strip("/")
     prefix = f"/{base}" if base else ""
-    return Litestar(
+    app = Litestar(
         route_handlers=[
             Router(
                 prefix or "/",
@@ -79,6 +95,9 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
                     tenants.router,
                     openai_files.router,
                     openai_batches.router,
+                    keys.router,
+                    workspaces.router,
+                    usage.router,
                 ],
             ),
             health.router,
@@ -91,6 +110,20 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         openapi_config=documentation(prefix),
         logging_config=None,
         debug=False,
+    )
+    require_declared(app)
+    return app
+
+
+def _issuer(settings: Settings) -> Issuer | None:
+    if settings.oidc_issuer is None or settings.oidc_audience is None:
+        return None
+    return Issuer(
+        settings.oidc_issuer,
+        audience=settings.oidc_audience,
+        leeway_s=settings.oidc_leeway_s,
+        timeout_s=settings.oidc_timeout_s,
+        keys_s=settings.oidc_keys_s,
     )
 
 

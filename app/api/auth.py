@@ -1,59 +1,135 @@
-"""Who is calling, and what they may use.
+"""Who is calling, and whether they may: the one place that decides.
 
-``authenticate`` guards every route but those of health and documentation. The key decides the
-workspace: handlers bind their statements to the caller's, never to the path's, and the guard has
-refused a path that names another one in words that do not tell whether it exists.
+Every route names its action, a word out of ``app.access.ACTIONS``, where it is declared::
+
+    @post("/completion-batch/{workspaceId:str}/{environmentId:str}", action="completion-batch:create", …)
+
+and stands below a router with ``guards=[authenticate]``. A route that forgets either keeps the API from
+starting (``require_declared``), and tests/test_tenant_walk.py tries every route with everybody who
+must be refused. Besides an action a route may say ``ANYONE``: whoever has a valid key or token
+(what they see is then the handler's business), or ``PUBLIC``: needs neither, such as health.
+
+What a handler is given, by the name of its parameter:
+
+``caller``    below ``/{workspaceId}/{environmentId}``: the key, whose own these are, or the user, a member of
+              the workspace. On routes without them (``dependencies={"caller": Provide(caller)}``): a
+              key only, since it alone knows its environment.
+``visitor``   above environments: the user, or the key.
+
+Handlers bind their statements to the caller's workspace and environment, never to the path's. A key
+is refused a path that is not its own, and a user a workspace that is not theirs, in words that do
+not tell whether it exists.
 """
 
 import asyncio
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
 from uuid import UUID
 
+from litestar import Litestar
 from litestar.connection import ASGIConnection
 from litestar.di import NamedDependency
-from litestar.handlers import BaseRouteHandler
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.params import PathParameter, SkipValidation
 
-from app import batches, tenants
+from app import access, api_keys, batches, workspaces
+from app.access import Principal, Role
 from app.api.context import Context
 from app.api.errors import AnyRequest
 from app.batches import Batch
 from app.db import CONNECTION_ERRORS, Connection
 from app.errors import ForbiddenError, NotFoundError, RequestError, UnauthenticatedError
-from app.tenants import ApiKey
+from app.workspaces import User
 
-_BEARER = "bearer "
-_NOTED_S = 60.0
+ANYONE: Final = "anyone"
+PUBLIC: Final = "public"
 
-Caller = NamedDependency[SkipValidation[ApiKey]]
+_BEARER: Final = "bearer "
+_NOTED_S: Final = 60.0
+_PARTS_OF_A_TOKEN: Final = 3
 
 
-async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Find the caller's key and refuse a path that is not in its environment. Guards routers."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visitor:
+    """Who is calling: a key, or a user, with their role where the path names a workspace."""
+
+    key: Principal | None = None
+    user: User | None = None
+    role: Role | None = None
+
+    def may(self, action: str) -> bool:
+        """Whether they may perform an action."""
+        if self.key is not None:
+            return self.key.may(action)
+        if self.role is None:
+            return action in access.ALONE
+        return access.role_allows(self.role, action)
+
+    def person(self, doing: str) -> User:
+        """The user. Raises ForbiddenError for a key."""
+        if self.user is None:
+            raise ForbiddenError(
+                f"Only a user may {doing}: an API key stays in its environment. Call with a token.",
+                code="NOT_AUTHORIZED",
+            )
+        return self.user
+
+
+Caller = NamedDependency[SkipValidation[Principal]]
+Visiting = NamedDependency[SkipValidation[Visitor]]
+
+
+async def authenticate(
+    connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler
+) -> None:
+    """Find out who is calling and refuse what they may not. Guards routers."""
     context: Context = connection.app.state.context
-    value = connection.headers.get("x-api-key")
-    if value is None:
-        given = connection.headers.get("authorization", "")
-        value = given[len(_BEARER) :] if given.lower().startswith(_BEARER) else ""
-    value = value.strip()
+    given = connection.headers.get("x-api-key")
+    is_bearer = given is None
+    if given is None:
+        header = connection.headers.get("authorization", "")
+        given = header[len(_BEARER) :] if header.lower().startswith(_BEARER) else ""
+    value = given.strip()
     if not value:
         raise UnauthenticatedError(
-            "Send an API key: the header 'x-api-key: slk_…' or 'Authorization: Bearer slk_…'."
+            "Send an API key, 'x-api-key: slk_…' or 'Authorization: Bearer slk_…'"
+            + (", or a user's token as Bearer." if context.issuer is not None else ".")
         )
+    if is_bearer and context.issuer is not None and value.count(".") == _PARTS_OF_A_TOKEN - 1:
+        visitor, principal = await _user(context, connection, value)
+    else:
+        visitor, principal = await _key(context, connection, value)
+    action: str = handler.opt["action"]
+    if action != ANYONE and not visitor.may(action):
+        if visitor.user is not None and visitor.role is None:
+            raise _no_environment()
+        raise ForbiddenError(
+            f"You are not authorized to perform '{action}' action on"
+            f" '{action.partition(':')[0]}' resource",
+            code="NOT_AUTHORIZED",
+            details={"action": action},
+        )
+    connection.scope["state"]["visitor"] = visitor
+    connection.scope["state"]["caller"] = principal
+
+
+async def _key(
+    context: Context, connection: ASGIConnection[Any, Any, Any, Any], value: str
+) -> tuple[Visitor, Principal]:
     async with context.db.connection() as conn:
-        key = await tenants.api_key(conn, value=value)
+        key = await api_keys.opened_by(conn, value=value)
         if key is None:
             raise UnauthenticatedError("This API key is unknown, disabled or expired.")
         await _note_use(context, conn, key)
     for name, own in (("workspaceId", key.workspace_id), ("environmentId", key.environment_id)):
-        asked = connection.path_params.get(name)
-        if asked is not None and _uuid(name, asked) != own:
+        asked = _path_id(connection, name)
+        if asked is not None and asked != own:
             raise ForbiddenError(
                 "This API key does not open that workspace and environment.",
                 code="NOT_AUTHORIZED",
             )
-    connection.scope["state"]["api_key"] = key
+    return Visitor(key=key), key
 
 
 def credential(request: AnyRequest) -> tuple[str | None, str | None]:
@@ -61,24 +137,79 @@ def credential(request: AnyRequest) -> tuple[str | None, str | None]:
     return request.headers.get("x-api-key"), request.headers.get("authorization")
 
 
-async def caller(request: AnyRequest) -> ApiKey:
-    """The key that the guard found."""
-    return request.scope["state"]["api_key"]
+async def _user(
+    context: Context, connection: ASGIConnection[Any, Any, Any, Any], token: str
+) -> tuple[Visitor, Principal | None]:
+    assert context.issuer is not None
+    claims = await context.issuer.verify(token)
+    workspace_id = _path_id(connection, "workspaceId")
+    environment_id = _path_id(connection, "environmentId")
+    async with context.db.connection() as conn:
+        user = await workspaces.user_seen(conn, claims=claims)
+        if workspace_id is None:
+            return Visitor(user=user), None
+        found = await workspaces.membership(
+            conn, workspace_id=workspace_id, user_id=user.user_id, environment_id=environment_id
+        )
+    if found is None:
+        raise RequestError("You are not a member of this workspace.", code="WORKSPACE_NOT_MEMBER")
+    visitor = Visitor(user=user, role=found.role)
+    if environment_id is None:
+        return visitor, None
+    if not found.has_environment:
+        raise workspaces.no_environment(environment_id)
+    return visitor, Principal(
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        name=user.name or user.username or user.email or user.subject,
+        resources=("*",),
+        user_id=user.user_id,
+        role=found.role,
+    )
+
+
+async def visitor(request: AnyRequest) -> Visitor:
+    """Whom the guard found."""
+    return request.scope["state"]["visitor"]
+
+
+async def caller(request: AnyRequest) -> Principal:
+    """The key that the guard found, for paths without a tenant. Raises RequestError for users."""
+    principal: Principal | None = request.scope["state"]["caller"]
+    if principal is None:
+        raise _no_environment()
+    return principal
 
 
 async def tenant_caller(
     request: AnyRequest,
     workspace_id: Annotated[UUID, PathParameter(name="workspaceId", include_in_schema=False)],
     environment_id: Annotated[UUID, PathParameter(name="environmentId", include_in_schema=False)],
-) -> ApiKey:
-    """The same below a path with a tenant, which is the key's own."""
-    key: ApiKey = request.scope["state"]["api_key"]
-    assert (key.workspace_id, key.environment_id) == (workspace_id, environment_id)
-    return key
+) -> Principal:
+    """Whom the guard found, below a path with a tenant, which is their own."""
+    principal: Principal = request.scope["state"]["caller"]
+    assert (principal.workspace_id, principal.environment_id) == (workspace_id, environment_id)
+    return principal
 
 
-def require_resources(key: ApiKey, resource_ids: Iterable[UUID]) -> None:
-    """Refuse unless the key's allowlist has all of these; names those that it lacks."""
+def require_declared(app: Litestar) -> None:
+    """Refuse to serve a route that does not say who may use it. Raises RuntimeError naming it."""
+    for route in app.routes:
+        for handler in getattr(route, "route_handlers", ()):
+            if not isinstance(handler, HTTPRouteHandler) or handler.http_methods == {"OPTIONS"}:
+                continue
+            action = handler.opt.get("action")
+            if action == PUBLIC:
+                continue
+            if action != ANYONE and action not in access.ACTIONS:
+                raise RuntimeError(f"{route.path}: action={action!r} is none of app.access.ACTIONS")
+            guards: Sequence[object] = handler.resolve_guards()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - Litestar's
+            if authenticate not in guards:
+                raise RuntimeError(f"{route.path}: its router lacks guards=[authenticate]")
+
+
+def require_resources(key: Principal, resource_ids: Iterable[UUID]) -> None:
+    """Refuse unless the caller's allowlist has all of these; names those that it lacks."""
     lacking = sorted({str(r) for r in resource_ids if not key.may_use(r)})
     if lacking:
         raise ForbiddenError(
@@ -89,7 +220,7 @@ def require_resources(key: ApiKey, resource_ids: Iterable[UUID]) -> None:
         )
 
 
-def require_everything(key: ApiKey, doing: str) -> None:
+def require_everything(key: Principal, doing: str) -> None:
     """Refuse a key that is confined to some resources: it must not widen its own reach."""
     if "*" not in key.resources:
         raise ForbiddenError(
@@ -97,7 +228,17 @@ def require_everything(key: ApiKey, doing: str) -> None:
         )
 
 
-async def batch_for(conn: Connection, key: ApiKey, batch_id: UUID) -> Batch:
+def require_grantable(key: Principal, permissions: Sequence[str]) -> None:
+    """Refuse to hand out what the caller may not do themselves."""
+    if not key.may_give(permissions):
+        raise ForbiddenError(
+            "An API key may not do more than whoever makes it or learns its value; give it fewer"
+            " permissions, or ask an owner of the workspace.",
+            code="NOT_AUTHORIZED",
+        )
+
+
+async def batch_for(conn: Connection, key: Principal, batch_id: UUID) -> Batch:
     """A batch that the caller may see. Raises NotFoundError or ForbiddenError."""
     batch = await batches.get(
         conn,
@@ -115,19 +256,29 @@ async def batch_for(conn: Connection, key: ApiKey, batch_id: UUID) -> Batch:
     return batch
 
 
-async def _note_use(context: Context, conn: Connection, key: ApiKey) -> None:
+async def _note_use(context: Context, conn: Connection, key: Principal) -> None:
+    assert key.api_key_id is not None
     now = asyncio.get_running_loop().time()
     if now - context.keys_noted.get(key.api_key_id, -_NOTED_S) < _NOTED_S:
         return
     context.keys_noted[key.api_key_id] = now
     try:
-        await tenants.note_api_key_used(conn, key=key)
+        await api_keys.note_used(conn, workspace_id=key.workspace_id, api_key_id=key.api_key_id)
     except CONNECTION_ERRORS:
         del context.keys_noted[key.api_key_id]
         raise
 
 
-def _uuid(name: str, text: str) -> UUID:
+def _no_environment() -> RequestError:
+    return RequestError(
+        "The path names no environment, so call this with an API key, which belongs to one."
+    )
+
+
+def _path_id(connection: ASGIConnection[Any, Any, Any, Any], name: str) -> UUID | None:
+    text = connection.path_params.get(name)
+    if text is None:
+        return None
     try:
         return UUID(text)
     except ValueError:

@@ -1,49 +1,50 @@
-"""``/v1/completion-batch``: create, estimate, read, list, steer, cancel, follow."""
+"""``/v1/completion-batch``: create, estimate, read, list, steer, cancel, try again, follow.
+
+Its items and their results are in ``results``.
+"""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Annotated, Final, cast
+from typing import Annotated, Final
 from uuid import UUID
 
+import psycopg
 from litestar import Response, Router, get, patch, post
 from litestar.di import Provide
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example, Operation, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
-from litestar.params import PathParameter, QueryParameter
+from litestar.params import QueryParameter
 from litestar.response import Stream
-from msgspec import UNSET
 
-from app import batches, capacity, forecast, queue, tenants
+from app import api_keys, batches, capacity, forecast, items, queue, tenants, workspaces
+from app.access import Principal
 from app.api import (
     described,
     ingest,
-    streams,
+    pages,
+    query,
+    results,
+    retries,
     wire,
+    wire_access,
     wire_batches,
     wire_capacity,
     wire_streams,
-    wire_tenants,
 )
 from app.api.auth import Caller, authenticate, batch_for, credential, tenant_caller
 from app.api.auth import caller as caller_of
 from app.api.context import Context, Given
+from app.api.described import Answer
 from app.api.errors import AnyRequest, ErrorBody
 from app.api.streams import Standing, View
-from app.batches import Batch, Status, Steering
+from app.batches import Batch, Only, Steering
 from app.db import CONNECTION_ERRORS, Connection
-from app.doorbell import EVENTS, WORK
-from app.errors import ConflictError, NotFoundError, Problem, ValidationError
-from app.ids import item_seq
+from app.doorbell import ABORTS, EVENTS, WORK
+from app.errors import ValidationError
 from app.log import Log
-from app.tenants import ApiKey
 
 log = Log("api")
-
-#: Documentation of an answer; made-up examples would be noise.
-Answer = partial(ResponseSpec, generate_examples=False)
 
 _SSE_HEADERS: Final = {
     "cache-control": "no-cache, no-transform",
@@ -51,59 +52,8 @@ _SSE_HEADERS: Final = {
     "x-accel-buffering": "no",
 }
 
-_BOOLEANS: Final = {"true": True, "false": False}
-
-BatchId = Annotated[UUID, PathParameter(name="batchId")]
-ItemId = Annotated[UUID, PathParameter(name="itemId")]
-
-# Query parameters come as text and are read by ourselves: a framework's idea of a boolean takes
-# garbage for one, and the reference's takes it for false.
-Switch = Annotated[str | None, QueryParameter(description="true or false")]
-ItemsStatus = Annotated[str | None, QueryParameter(description="only items in this state")]
-Cursor = Annotated[str | None, QueryParameter(description="nextCursor of the page before")]
-
-
-def switch(value: str | None, name: str, *, default: bool) -> bool:
-    """A boolean of the query, in any letter case."""
-    if value is None:
-        return default
-    known = _BOOLEANS.get(value.lower())
-    if known is None:
-        raise ValidationError([Problem(path=name, message="must be true or false")])
-    return known
-
-
-def number(value: str | None, name: str, *, default: int, least: int, most: int) -> int:
-    """A whole number of the query."""
-    if value is None:
-        return default
-    digits = value.isascii() and value.isdecimal() and len(value) <= 18  # noqa: PLR2004 - fits bigint
-    if not digits or not least <= int(value) <= most:
-        raise ValidationError(
-            [Problem(path=name, message=f"must be a whole number from {least} to {most}")]
-        )
-    return int(value)
-
-
-def status_of(value: str | None, name: str) -> Status | None:
-    """A state of the query, in any letter case."""
-    if value is None:
-        return None
-    if value.lower() not in ("pending", "running", "completed", "failed", "cancelled"):
-        raise ValidationError(
-            [
-                Problem(
-                    path=name,
-                    message="must be PENDING, RUNNING, COMPLETED, FAILED or CANCELLED",
-                )
-            ]
-        )
-    return cast("Status", value.lower())
-
-
-def _seq(value: str | None, name: str) -> int:
-    return number(value, name, default=0, least=0, most=batches.MOST_ITEMS)
-
+#: A cancel's rows follow for so long before it is answered; the rest after it.
+_AT_ONCE_S: Final = 0.25
 
 _CREATE_EXAMPLE: Final[dict[str, object]] = {
     "type": "ASYNC",
@@ -136,9 +86,7 @@ def _steering() -> dict[str, Schema]:
         "priority": described.whole(-100, 100),
         "weight": Schema(type=OpenAPIType.NUMBER, minimum=0.1, maximum=100),
         "capacity": described.capacity(),
-        "completionWindow": Schema(
-            type=OpenAPIType.STRING, description="from 1m to 90d, such as 30m, 24h or 7d"
-        ),
+        "completionWindow": described.window,
         "expiresAt": described.moment,
     }
 
@@ -182,6 +130,7 @@ class CreateOperation(Operation):
                 name=described.text,
                 metadata=described.record,
                 maxAttempts=described.whole(1, 100),
+                timeoutMs=described.whole(100, 600_000),
                 idempotencyKey=described.text,
                 **_steering(),
             ),
@@ -194,6 +143,7 @@ class CreateOperation(Operation):
 
 @post(
     "/{workspaceId:str}/{environmentId:str}",
+    action="completion-batch:create",
     summary="Create a batch",
     description="ASYNC answers 201 with the batch; SYNC answers 200 with its stream of events.",
     status_code=201,
@@ -214,8 +164,8 @@ async def create(
     request: AnyRequest,
     context: Given,
     caller: Caller,
-    slim: Switch = None,
-    strict: Switch = None,
+    slim: query.Switch = None,
+    strict: query.Switch = None,
 ) -> Response[bytes] | Stream:
     view = _view(slim, strict)
     created = await ingest.create_batch(context, request, caller)
@@ -228,15 +178,17 @@ async def create(
         batch = await batch_for(conn, caller, created.batch_id)
         if created.type == "sync":
             return _stream(context, request, batch, after=0, view=view, headers=headers)
-        page, cursor = await streams.first_items(conn, batch)
+        page = await pages.read(conn, batch)
     body = await asyncio.to_thread(
-        wire.encode, wire_batches.batch_body(batch, items=page, items_next_cursor=cursor)
+        wire.encode,
+        wire_batches.batch_body(batch, items=page.items, items_next_cursor=page.cursor),
     )
     return Response(body, media_type="application/json", headers=headers, status_code=201)
 
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/estimate",
+    action="completion-batch:create",
     summary="Estimate a batch",
     description="The same body as to create it; nothing of it is stored, no provider is called.",
     status_code=200,
@@ -258,34 +210,63 @@ async def estimate(*, request: AnyRequest, context: Given, caller: Caller) -> Re
 
 @get(
     "/{workspaceId:str}/{environmentId:str}",
+    action="completion-batch:list",
     summary="List batches",
-    description="Newest first, without their items.",
+    description="Newest first, without their items. All filters must fit. A page may hold fewer than "
+    "its limit, of what the key may see; only a null nextCursor says that nothing follows.",
     responses={200: Answer(wire_batches.BatchesPage, description="A page of batches")},
 )
 async def list_batches(
     *,
     context: Given,
     caller: Caller,
-    status: Annotated[str | None, QueryParameter(description="only batches in this state")] = None,
-    limit: Annotated[str | None, QueryParameter(description="1 to 1000; default 100")] = None,
-    cursor: Cursor = None,
+    status: Annotated[
+        str | None, QueryParameter(description="only batches in this state, or in these: A,B")
+    ] = None,
+    types: Annotated[
+        str | None,
+        QueryParameter(name="type", description="SYNC, ASYNC, CALLBACK, or some of them"),
+    ] = None,
+    name: Annotated[str | None, QueryParameter(description="a part of the name")] = None,
+    created_after: Annotated[
+        str | None, QueryParameter(name="createdAfter", description="created then or later")
+    ] = None,
+    created_before: Annotated[
+        str | None, QueryParameter(name="createdBefore", description="created earlier")
+    ] = None,
+    resource: Annotated[
+        str | None, QueryParameter(description="uses this resource: its id or its name")
+    ] = None,
+    api_key_id: Annotated[
+        str | None, QueryParameter(name="apiKeyId", description="created with this key")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        QueryParameter(description="key=value: has this field of metadata; may be repeated"),
+    ] = None,
+    limit: query.Limit = None,
+    cursor: query.Cursor = None,
 ) -> Response[bytes]:
-    most = number(limit, "limit", default=100, least=1, most=1000)
-    before = None
-    if cursor is not None:
-        try:
-            before = UUID(cursor)
-        except ValueError:
-            raise ValidationError(
-                [Problem(path="cursor", message="must be a nextCursor of this list")]
-            ) from None
+    most = query.number(limit, "limit", default=100, least=1, most=1000)
+    before = query.uuid(cursor, "cursor", "must be a nextCursor of this list")
+    only = Only(
+        statuses=query.statuses(status, "status"),
+        types=query.types(types, "type"),
+        name=query.text(name, "name"),
+        created_from=query.moment(created_after, "createdAfter"),
+        created_before=query.moment(created_before, "createdBefore"),
+        api_key_id=query.uuid(api_key_id, "apiKeyId"),
+        metadata=query.pairs(metadata, "metadata"),
+    )
     async with context.db.connection() as conn:
+        if resource is not None:
+            only = replace(only, resource_id=await _resource_id(conn, caller, resource))
         rows = await batches.page(
             conn,
             workspace_id=caller.workspace_id,
             environment_id=caller.environment_id,
             before=before,
-            status=status_of(status, "status"),
+            only=only,
             most=most,
         )
         seen = await _visible(conn, caller, rows)
@@ -296,8 +277,23 @@ async def list_batches(
     return Response(wire.encode(page), media_type="application/json")
 
 
+async def _resource_id(conn: Connection, key: Principal, reference: str) -> UUID:
+    """The resource of this id or name; an id that nothing bears any more finds what it once did."""
+    try:
+        return UUID(reference)
+    except ValueError:
+        name = query.text(reference, "resource") or ""
+    found = await tenants.resource_named(
+        conn, workspace_id=key.workspace_id, environment_id=key.environment_id, name=name
+    )
+    if found is None:
+        raise query.refuse("resource", "there is no resource of this name")
+    return found.resource_id
+
+
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
+    action="completion-batch:get",
     summary="Read a batch",
     description="With at most the first 1,000 items (fewer when they are large) and a cursor, "
     "what it waits for, and when it will be done.",
@@ -307,120 +303,105 @@ async def read(
     *,
     context: Given,
     caller: Caller,
-    batch_id: BatchId,
+    batch_id: query.BatchId,
     includes_items: Annotated[str | None, QueryParameter(name="includesItems")] = None,
     includes_users: Annotated[str | None, QueryParameter(name="includesUsers")] = None,
     items_limit: Annotated[str | None, QueryParameter(name="itemsLimit")] = None,
     items_cursor: Annotated[str | None, QueryParameter(name="itemsCursor")] = None,
     items_status: Annotated[str | None, QueryParameter(name="itemsStatus")] = None,
+    response_format: query.ResponseFormat = None,
 ) -> Response[bytes]:
-    with_items = switch(includes_items, "includesItems", default=True)
-    with_users = switch(includes_users, "includesUsers", default=True)
-    most = number(items_limit, "itemsLimit", default=1000, least=1, most=1000)
-    from_seq = _seq(items_cursor, "itemsCursor")
-    status = status_of(items_status, "itemsStatus")
+    with_items = query.switch(includes_items, "includesItems", default=True)
+    with_users = query.switch(includes_users, "includesUsers", default=True)
+    most = query.number(items_limit, "itemsLimit", default=1000, least=1, most=1000)
+    start = query.seq(items_cursor, "itemsCursor")
+    wanted = items.Only(statuses=query.statuses(items_status, "itemsStatus"))
+    shape = wire_batches.Shape(bare=query.is_bare(response_format))
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
-        page: list[wire_batches.ItemBody] | None = None
-        after: str | None = None
+        page: pages.Page | None = None
         if with_items:
-            page, after = await streams.first_items(
-                conn, batch, from_seq=from_seq, status=status, most=most
-            )
-        creator: wire_tenants.ApiKeyBody | None = None
-        if with_users and batch.created_by_api_key_id is not None:
-            key = await tenants.api_key_entity(
-                conn,
-                workspace_id=caller.workspace_id,
-                environment_id=caller.environment_id,
-                api_key_id=batch.created_by_api_key_id,
-            )
-            creator = wire_tenants.api_key_body(key) if key else None
+            page = await pages.read(conn, batch, start=start, only=wanted, most=most, shape=shape)
+        creators = await _creators(conn, batch) if with_users else None
         outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
     body = wire_batches.batch_body(
         batch,
-        items=page,
-        items_next_cursor=after,
-        created_by=creator if with_users else UNSET,
+        items=None if page is None else page.items,
+        items_next_cursor=None if page is None else page.cursor,
+        creators=creators,
         outlook=outlook,
     )
     encoded = await asyncio.to_thread(wire.encode, body) if page else wire.encode(body)
     return Response(encoded, media_type="application/json")
 
 
-@get(
-    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/items",
-    summary="List a batch's items",
-    description="In the order of submission. A page of large items may hold fewer than its limit.",
-    responses={200: Answer(wire_batches.ItemsPage, description="A page of items")},
-)
-async def list_items(
-    *,
-    context: Given,
-    caller: Caller,
-    batch_id: BatchId,
-    limit: Annotated[str | None, QueryParameter(description="1 to 1000; default 100")] = None,
-    cursor: Cursor = None,
-    status: ItemsStatus = None,
-) -> Response[bytes]:
-    most = number(limit, "limit", default=100, least=1, most=1000)
-    from_seq = _seq(cursor, "cursor")
-    wanted = status_of(status, "status")
-    async with context.db.connection() as conn:
-        batch = await batch_for(conn, caller, batch_id)
-        page, after = await streams.first_items(
-            conn, batch, from_seq=from_seq, status=wanted, most=most
+async def _creators(conn: Connection, batch: Batch) -> wire_batches.Creators:
+    """Who made a batch, also a key that was deleted and a user who is no member any more."""
+    key: wire_access.ApiKeyBody | None = None
+    if batch.created_by_api_key_id is not None:
+        found = await api_keys.get(
+            conn,
+            workspace_id=batch.workspace_id,
+            environment_id=batch.environment_id,
+            api_key_id=batch.created_by_api_key_id,
+            with_deleted=True,
         )
-    body = await asyncio.to_thread(
-        wire.encode, wire_batches.ItemsPage(data=page, next_cursor=after)
-    )
-    return Response(body, media_type="application/json")
-
-
-@get(
-    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/{itemId:str}",
-    summary="Read an item",
-    responses={200: Answer(wire_batches.ItemBody, description="The item")},
-)
-async def read_item(
-    *, context: Given, caller: Caller, batch_id: BatchId, item_id: ItemId
-) -> Response[bytes]:
-    async with context.db.connection() as conn:
-        batch = await batch_for(conn, caller, batch_id)
-        seq = item_seq(batch_id, item_id)
-        found = [] if seq is None else await batches.items_numbered(conn, batch=batch, seqs=[seq])
-    if not found:
-        raise NotFoundError(
-            f"Completion Batch Item {item_id} not found", code="COMPLETION_BATCH_ITEM_NOT_FOUND"
+        key = wire_access.api_key_body(found) if found else None
+    user: wire_access.UserBody | None = None
+    if batch.created_by_user_id is not None:
+        person = await workspaces.creator(
+            conn,
+            workspace_id=batch.workspace_id,
+            batch_id=batch.batch_id,
+            user_id=batch.created_by_user_id,
         )
-    return Response(
-        wire.encode(wire_batches.item_body(batch, found[0])), media_type="application/json"
-    )
+        user = wire_access.user_body(person) if person else None
+    return wire_batches.Creators(api_key=key, user=user)
 
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/cancel",
+    action="completion-batch:cancel",
     summary="Cancel a batch",
-    description="Nothing of it is sent any more; calls in flight are let finish and kept.",
+    description="Nothing of it is begun any more. Calls in flight are let finish and their answers "
+    "kept (running=finish), or cut (running=abort): then only their attempts are recorded. A "
+    "cancel that is under way may be repeated, and changed to abort.",
     status_code=200,
+    operation_class=retries.CancelOperation,
+    request_max_body_size=1024 * 1024,
     responses={
         200: Answer(wire_batches.BatchBody, description="The batch, cancelled"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
-async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+async def cancel(
+    request: AnyRequest,
+    context: Given,
+    caller: Caller,
+    batch_id: query.BatchId,
+    running: Annotated[
+        str | None, QueryParameter(description="finish (the default) or abort calls in flight")
+    ] = None,
+) -> Response[bytes]:
+    body = await request.body()
+    wanted = wire.read(wire_batches.BatchCancel, wire.object_of(body) if body.strip() else {})
+    chosen = query.one_of(running, "running", ("abort", "finish")) or wanted.running.lower()
     async with context.db.connection() as conn:
-        await batch_for(conn, caller, batch_id)
+        batch = await batch_for(conn, caller, batch_id)
+    if batch.is_finished:
+        raise batches.ended(batch_id, batch.status)
     async with context.db.transaction() as conn:
-        status = await queue.cancel(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
-    if status not in (None, "cancelled"):
-        raise ConflictError(
-            f"Completion Batch {batch_id} has already ended: {status.upper()}",
-            code="BATCH_ALREADY_ENDED",
-            details={"status": status.upper()},
+        status = await queue.cancel(
+            conn, workspace_id=caller.workspace_id, batch_id=batch_id, abort=chosen == "abort"
         )
-    log.info("batch.cancelled", batch=batch_id)
+    if status not in (None, "cancelled"):
+        raise batches.ended(batch_id, status)
+    log.info("batch.cancelled", batch=batch_id, running=chosen)
+    if chosen == "abort":
+        context.ringer.ring(ABORTS, [batch_id])
     context.ringer.ring(EVENTS, [batch_id])
+    await _mark_first(context, batch)
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
     if not batch.is_finished:
@@ -430,6 +411,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 
 @patch(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}",
+    action="completion-batch:update",
     summary="Steer a batch",
     description="What is absent stays as it is; null removes limits or the deadline. Effective at "
     "the next claim; calls in flight are let finish.",
@@ -442,7 +424,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
     },
 )
 async def change(
-    request: AnyRequest, context: Given, caller: Caller, batch_id: BatchId
+    request: AnyRequest, context: Given, caller: Caller, batch_id: query.BatchId
 ) -> Response[bytes]:
     async with context.db.connection() as conn:
         await batch_for(conn, caller, batch_id)
@@ -472,7 +454,7 @@ async def change(
 async def _steer(
     conn: Connection,
     *,
-    key: ApiKey,
+    key: Principal,
     batch_id: UUID,
     held: Steering,
     to: Steering,
@@ -497,7 +479,7 @@ async def _steer(
 
 
 async def _changed(
-    context: Context, key: ApiKey, batch_id: UUID, resources: Sequence[UUID]
+    context: Context, key: Principal, batch_id: UUID, resources: Sequence[UUID]
 ) -> Response[bytes]:
     """Ring for what a committed change gives workers to do; the batch as it is now."""
     log.info("batch.changed", batch=batch_id)
@@ -512,6 +494,7 @@ async def _changed(
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/pause",
+    action="completion-batch:update",
     summary="Pause a batch",
     description="Nothing of it is begun until it is resumed; calls in flight are let finish.",
     status_code=200,
@@ -520,17 +503,13 @@ async def _changed(
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
-async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
-    async with context.db.connection() as conn:
-        await batch_for(conn, caller, batch_id)
-    async with context.db.transaction() as conn:
-        await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
-        await batches.pause(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
-    return await _changed(context, caller, batch_id, [])
+async def pause(context: Given, caller: Caller, batch_id: query.BatchId) -> Response[bytes]:
+    return await _hold_or_go(context, caller, batch_id, pause=True)
 
 
 @post(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/resume",
+    action="completion-batch:update",
     summary="Resume a batch",
     description="The opposite of pause; harmless for a batch that is not paused.",
     status_code=200,
@@ -539,23 +518,69 @@ async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[b
         409: Answer(ErrorBody, description="It had already ended"),
     },
 )
-async def resume(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+async def resume(context: Given, caller: Caller, batch_id: query.BatchId) -> Response[bytes]:
+    return await _hold_or_go(context, caller, batch_id, pause=False)
+
+
+async def _hold_or_go(
+    context: Context, key: Principal, batch_id: UUID, *, pause: bool
+) -> Response[bytes]:
     async with context.db.connection() as conn:
-        await batch_for(conn, caller, batch_id)
+        await batch_for(conn, key, batch_id)
+    resources: list[UUID] = []
     async with context.db.transaction() as conn:
-        await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
-        resources = await batches.resume(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
-    return await _changed(context, caller, batch_id, resources)
+        await batches.hold(conn, workspace_id=key.workspace_id, batch_id=batch_id)
+        if pause:
+            await batches.pause(conn, workspace_id=key.workspace_id, batch_id=batch_id)
+        else:
+            resources = await batches.resume(conn, workspace_id=key.workspace_id, batch_id=batch_id)
+    return await _changed(context, key, batch_id, resources)
+
+
+@post(
+    "/{workspaceId:str}/{environmentId:str}/{batchId:str}/retry",
+    action="completion-batch:retry",
+    summary="Try items of a batch again",
+    description="Those that failed; or chosen ones, those with certain errors, or also those that "
+    "were cancelled. Their failures count anew; a batch that had ended goes on.",
+    status_code=200,
+    operation_class=retries.RetryOperation,
+    request_max_body_size=4 * 1024 * 1024,
+    responses={
+        200: Answer(wire_batches.RetryBody, description="How many, and the batch"),
+        400: Answer(ErrorBody, description="Something is wrong with the request"),
+        409: Answer(ErrorBody, description="It was cancelled, or its deadline has passed"),
+    },
+)
+async def retry(
+    request: AnyRequest, context: Given, caller: Caller, batch_id: query.BatchId
+) -> Response[bytes]:
+    body = await request.body()
+    wanted = wire.read(wire_batches.BatchRetry, wire.object_of(body) if body.strip() else {})
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+        redrive = await retries.plan(conn, batch, wanted)
+        begun = await batches.clock(conn)
+    await retries.prolong(context.db, batch, wanted, now=begun)
+    retried = await retries.carry_out(context, batch, redrive, before=begun)
+    async with context.db.connection() as conn:
+        batch = await batch_for(conn, caller, batch_id)
+    log.info("batch.retried", batch=batch_id, items=retried)
+    answer = wire_batches.RetryBody(retried=retried, batch=wire_batches.batch_body(batch))
+    return Response(wire.encode(answer), media_type="application/json")
 
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/capacity-usage",
+    action="completion-batch:get",
     summary="Where the limits of a batch stand",
     description="Those of its connections, models, resources, API key, of itself, and of its values "
     "of dimensions.",
     responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
 )
-async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> Response[bytes]:
+async def capacity_usage(
+    context: Given, caller: Caller, batch_id: query.BatchId
+) -> Response[bytes]:
     async with context.db.connection() as conn:
         await batch_for(conn, caller, batch_id)
         scope_ids = await capacity.batch_scopes(
@@ -578,6 +603,7 @@ async def capacity_usage(context: Given, caller: Caller, batch_id: BatchId) -> R
 
 @get(
     "/{workspaceId:str}/{environmentId:str}/{batchId:str}/events",
+    action="completion-batch:get",
     summary="Follow a batch",
     description="Server-sent events from the beginning, or after Last-Event-ID or ?after=.",
     responses={
@@ -589,18 +615,18 @@ async def follow(
     request: AnyRequest,
     context: Given,
     caller: Caller,
-    batch_id: BatchId,
+    batch_id: query.BatchId,
     after: Annotated[
         str | None, QueryParameter(description="number of the last event that was seen")
     ] = None,
-    slim: Switch = None,
-    strict: Switch = None,
+    slim: query.Switch = None,
+    strict: query.Switch = None,
 ) -> Stream:
     view = _view(slim, strict)
     # A browser reconnects with the address it began with, so the header is the newer one.
     last = request.headers.get("last-event-id") or None
     name = "after" if last is None else "Last-Event-ID"
-    position = number(after if last is None else last, name, default=0, least=0, most=2**53)
+    position = query.number(after if last is None else last, name, default=0, least=0, most=2**53)
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
     return _stream(context, request, batch, after=position, view=view)
@@ -608,7 +634,8 @@ async def follow(
 
 def _view(slim: str | None, strict: str | None) -> View:
     return View(
-        slim=switch(slim, "slim", default=False), strict=switch(strict, "strict", default=False)
+        slim=query.switch(slim, "slim", default=False),
+        strict=query.switch(strict, "strict", default=False),
     )
 
 
@@ -635,7 +662,7 @@ def _stream(
     )
 
 
-async def _visible(conn: Connection, key: ApiKey, rows: Sequence[Batch]) -> list[Batch]:
+async def _visible(conn: Connection, key: Principal, rows: Sequence[Batch]) -> list[Batch]:
     """Those batches whose resources are all within the key's allowlist."""
     if "*" in key.resources or not rows:
         return list(rows)
@@ -645,22 +672,37 @@ async def _visible(conn: Connection, key: ApiKey, rows: Sequence[Batch]) -> list
     return [row for row in rows if all(key.may_use(r) for r in used.get(row.batch_id, ()))]
 
 
+async def _mark_first(context: Context, batch: Batch) -> None:
+    """Let the first rows follow a cancel before it is answered: calls to be cut, small batches."""
+    until = asyncio.get_running_loop().time() + _AT_ONCE_S
+    while asyncio.get_running_loop().time() < until:
+        if not await _mark_some(context, batch):
+            return
+
+
 async def mark_cancelled(context: Context, batch: Batch) -> None:
     """Let rows and events of a cancelled batch follow; what is left over is maintenance's."""
     try:
-        while True:
-            async with context.db.transaction() as conn:
-                marked = await queue.cancel_chunk(
-                    conn,
-                    workspace_id=batch.workspace_id,
-                    batch_day=batch.batch_day,
-                    batch_id=batch.batch_id,
-                )
-            if not marked:
-                return
-            context.ringer.ring(EVENTS, [batch.batch_id])
+        while await _mark_some(context, batch):
+            pass
     except CONNECTION_ERRORS as error:
         log.warning("batch.marking_left", batch=batch.batch_id, error=type(error).__name__)
+
+
+async def _mark_some(context: Context, batch: Batch) -> int:
+    try:
+        async with context.db.transaction() as conn:
+            marked = await queue.cancel_chunk(
+                conn,
+                workspace_id=batch.workspace_id,
+                batch_day=batch.batch_day,
+                batch_id=batch.batch_id,
+            )
+    except psycopg.errors.DeadlockDetected:
+        return 1  # another verb was in the way; try again
+    if marked:
+        context.ringer.ring(EVENTS, [batch.batch_id])
+    return marked
 
 
 router = Router(
@@ -671,9 +713,12 @@ router = Router(
         list_batches,
         read,
         change,
-        list_items,
-        read_item,
+        results.list_items,
+        results.results,
+        results.read_item,
+        results.attempts,
         cancel,
+        retry,
         pause,
         resume,
         capacity_usage,

@@ -13,6 +13,7 @@ from app.api.streams import Hub
 from app.db import Database
 from app.doorbell import Ringer
 from app.forecast import Clockwork
+from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
 from app.validator import Validator
@@ -23,7 +24,7 @@ class Context:
     """The process's settings, pool, keys, doorbell, streams and validator of files.
 
     ``listen_url`` reaches Postgres itself. ``keys_noted``: when the last use of an api key was
-    written, by this loop's clock.
+    written, by this loop's clock. ``issuer``: who vouches for users, if there is one.
     """
 
     settings: Settings
@@ -33,6 +34,7 @@ class Context:
     ringer: Ringer
     hub: Hub
     validator: Validator
+    issuer: Issuer | None
     keys_noted: dict[UUID, float] = field(default_factory=dict[UUID, float])
     chores: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
 

@@ -7,11 +7,13 @@ cannot forget that any request may be refused, and how.
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
+from litestar import Router
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.openapi.spec import Components, OpenAPI, SecurityScheme
 
 from app import __version__
+from app.api.auth import PUBLIC
 
 _WRITES: Final = frozenset({"post", "put", "patch", "delete"})
 _METHODS: Final = _WRITES | {"get", "head", "options", "trace"}
@@ -89,7 +91,9 @@ def documentation(prefix: str) -> Documentation:
         title="Sluice",
         version=__version__,
         description="Batches of language model requests, within the providers' limits.",
-        path=f"{prefix}/docs",
+        openapi_router=Router(
+            f"{prefix}/docs", route_handlers=[], include_in_schema=False, opt={"action": PUBLIC}
+        ),
         prefix=prefix,
         render_plugins=[ScalarRenderPlugin()],
         components=Components(

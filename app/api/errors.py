@@ -13,12 +13,12 @@ import psycopg
 from litestar import Request, Response
 from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, ValidationException
-from litestar.handlers import HTTPRouteHandler
 from litestar.types import Message, Scope
 from psycopg_pool import PoolTimeout
 
 from app.errors import (
     DatabaseUnavailableError,
+    IssuerUnavailableError,
     QuotaError,
     RequestError,
     TooLargeError,
@@ -104,6 +104,8 @@ def _refused(_: AnyRequest, error: RequestError) -> Response[bytes]:
     headers: dict[str, str] = {}
     if isinstance(error, UnauthenticatedError):
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, IssuerUnavailableError):
+        headers["retry-after"] = "2"
     if isinstance(error, TooLargeError | StorageFullError):
         headers["connection"] = "close"  # or the rest of the body would still be received
     if isinstance(error, QuotaError):
@@ -118,7 +120,7 @@ def _framework(request: AnyRequest, error: HTTPException) -> Response[bytes]:
     code = str(error.status_code)
     message = error.detail
     if error.status_code == _TOO_LARGE:
-        handler = cast("HTTPRouteHandler", request.route_handler)
+        handler = request.route_handler
         code = "REQUEST_TOO_LARGE"
         message = f"The body is larger than {handler.resolve_request_max_body_size():,} bytes."
     details: dict[str, object] = {}

@@ -9,6 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from psycopg.conninfo import make_conninfo
 
 from app import migrate
+from app.api.auth import PUBLIC
 from app.api.context import Context, Given
 from app.api.errors import ErrorBody, refusal
 from app.db import CONNECTION_ERRORS
@@ -65,4 +66,9 @@ def _revision(context: Context) -> str | None:
     return migrate.current(make_conninfo(context.listen_url, connect_timeout=_PATIENCE_S))
 
 
-router = Router("/", route_handlers=[healthz, healthcheck, readyz], tags=["Health"])
+router = Router(
+    "/",
+    route_handlers=[healthz, healthcheck, readyz],
+    opt={"action": PUBLIC},
+    tags=["Health"],
+)

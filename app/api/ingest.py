@@ -18,14 +18,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import BinaryIO, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, TypeVar, cast
 from uuid import UUID
 
 import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, quotas, tenants
+from app import batches, capacity, forecast, quotas, tenants, workspaces
+from app.access import Principal
 from app.api import auth
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError, StorageFullError
@@ -45,7 +46,7 @@ from app.errors import (
 )
 from app.forecast import Plan
 from app.log import Log
-from app.tenants import ApiKey, Resource
+from app.tenants import Resource
 from app.validator import quota_of
 
 log = Log("api")
@@ -87,6 +88,30 @@ class _Spooled:
     sha256: bytes
 
 
+class _Message(msgspec.Struct):
+    """One element of ``messages``, as far as it must be right for any provider."""
+
+    role: str
+
+
+class _Vmx(msgspec.Struct, rename="camel"):
+    """What ``request.vmx`` may say. The last two are known, and refused with a reason."""
+
+    correlation_id: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
+    metadata: dict[str, str] | None = None
+    timeout_ms: Annotated[int, msgspec.Meta(ge=100, le=600_000)] | None = None
+    provider_args: dict[str, Any] | None = None
+    secondary_model_index: object = None
+    resource_config_overrides: object = None
+
+
+class _Request(msgspec.Struct):
+    """A chat completion, as far as it must be right for any provider; unknown keys are its own."""
+
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    vmx: _Vmx | None = None
+
+
 class _Item(msgspec.Struct, rename="camel"):
     """One element of ``items``; unknown keys are ignored."""
 
@@ -103,6 +128,7 @@ class _Item(msgspec.Struct, rename="camel"):
 
 
 _decode_item = msgspec.json.Decoder(_Item).decode
+_decode_request = msgspec.json.Decoder(_Request).decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +141,7 @@ class _Examined:
     asked: dict[UUID | str, int]
 
 
-async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Created:
+async def create_batch(context: Context, request: AnyRequest, key: Principal) -> Created:
     """Create the batch that a request's body describes. Raises RequestError; then nothing is kept."""
     async with _spooled(context, request) as body:
         found = await _examine(context, body.file)
@@ -134,6 +160,7 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                     environment_id=key.environment_id,
                     idempotency_key=idempotency_key,
                     request_hash=body.sha256,
+                    hours=context.settings.idempotency_hours,
                 )
                 if known is not None:
                     return Created(batch_id=known, type=batch.type, replayed=True)
@@ -156,6 +183,9 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
                 await ingest.add(items)
                 if len(ingest.problems) >= ValidationError.MOST:
                     break
+            await workspaces.hold_environment(
+                conn, workspace_id=key.workspace_id, environment_id=key.environment_id
+            )
             await ingest.finish()
     log.info("batch.created", batch=batch.batch_id, items=ingest.count)
     context.ringer.ring(WORK, ingest.resource_ids)
@@ -163,7 +193,7 @@ async def create_batch(context: Context, request: AnyRequest, key: ApiKey) -> Cr
     return Created(batch_id=batch.batch_id, type=batch.type, replayed=False)
 
 
-async def estimate_batch(context: Context, request: AnyRequest, key: ApiKey) -> Estimated:
+async def estimate_batch(context: Context, request: AnyRequest, key: Principal) -> Estimated:
     """What ``create_batch`` would make of the same body, without making it."""
     async with _spooled(context, request) as body:
         found = await _examine(context, body.file)
@@ -205,7 +235,7 @@ async def estimate_batch(context: Context, request: AnyRequest, key: ApiKey) -> 
 
 
 def _new_batch(
-    context: Context, request: AnyRequest, key: ApiKey, head: BatchHead, kind: BatchType
+    context: Context, request: AnyRequest, key: Principal, head: BatchHead, kind: BatchType
 ) -> NewBatch:
     return NewBatch(
         workspace_id=key.workspace_id,
@@ -220,7 +250,10 @@ def _new_batch(
         # The peer of the connection: behind a proxy that is the proxy's own address.
         source_ip=request.client.host if request.client is not None else None,
         max_attempts=head.max_attempts or context.settings.max_attempts,
+        given_max_attempts=head.max_attempts,
+        timeout_ms=head.timeout_ms,
         created_by_api_key_id=key.api_key_id,
+        created_by_user_id=key.user_id,
     )
 
 
@@ -233,8 +266,10 @@ async def _deadline(conn: Connection, head: BatchHead) -> datetime | None:
     return deadline
 
 
-async def _key_amounts(conn: Connection, key: ApiKey) -> list[Amount]:
-    """The caller's own limits; a key that does not enforce them has none."""
+async def _key_amounts(conn: Connection, key: Principal) -> list[Amount]:
+    """The caller's own limits; a user, and a key that does not enforce them, have none."""
+    if key.api_key_id is None:
+        return []
     found = await capacity.limits(conn, workspace_id=key.workspace_id, scope_ids=[key.api_key_id])
     return [limit.amount for limit in found]
 
@@ -509,6 +544,8 @@ def _wrong(item: _Item) -> Iterator[tuple[str, str]]:
         yield "resourceId", "is required (or resource, its name)"
     if not bytes(item.request):
         yield "request", "is required"
+    else:
+        yield from _wrong_in_request(bytes(item.request))
     if item.custom_id is not None:
         if len(item.custom_id) > _MOST_CUSTOM_ID:
             yield "customId", f"must have at most {_MOST_CUSTOM_ID} characters"
@@ -518,8 +555,61 @@ def _wrong(item: _Item) -> Iterator[tuple[str, str]]:
         yield "maxAttempts", f"must be from 1 to {_MOST_ATTEMPTS}"
 
 
+def _wrong_in_request(raw: bytes) -> Iterator[tuple[str, str]]:
+    try:
+        request = _request_of(raw)
+    except _ItemError as error:
+        yield f"request{error.path}", str(error)
+        return
+    vmx = request.vmx
+    if vmx is None:
+        return
+    if vmx.secondary_model_index is not None:
+        yield "request.vmx.secondaryModelIndex", "is not offered; name the other model's resource"
+    if vmx.resource_config_overrides:
+        yield (
+            "request.vmx.resourceConfigOverrides",
+            "is not offered; make a resource of that configuration and name it",
+        )
+    for text in (vmx.correlation_id or "", *(vmx.metadata or {}), *(vmx.metadata or {}).values()):
+        if "\0" in text or not _is_unicode(text):
+            yield "request.vmx", "must not contain \\u0000 or half of a surrogate pair"
+            return
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _request_of(raw: bytes) -> _Request:
+    try:
+        try:
+            return _decode_request(raw)
+        except msgspec.ValidationError:
+            raise
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return msgspec.convert(_decoded(raw), _Request)
+    except msgspec.ValidationError as error:
+        found = _WHERE.match(str(error))
+        assert found is not None
+        raise _ItemError(_lowered(found["what"]), found["path"] or "") from None
+    except RecursionError:
+        raise _ItemError("is nested too deeply") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _ItemError(f"is not valid JSON: {error}") from None
+
+
+def _lowered(sentence: str) -> str:
+    """msgspec's words after our path: 'expected `array`, got `int`'."""
+    return sentence[:1].lower() + sentence[1:]
+
+
 async def _resolve(
-    context: Context, key: ApiKey, asked: dict[UUID | str, int]
+    context: Context, key: Principal, asked: dict[UUID | str, int]
 ) -> dict[UUID | str, Resource]:
     """The resources behind ids and names. Raises NotFoundError or ForbiddenError naming all."""
     found: dict[UUID | str, Resource] = {}
@@ -579,6 +669,7 @@ async def _new_items(
                     body=bytes(item.request),
                     custom_id=item.custom_id,
                     max_attempts=item.max_attempts,
+                    vmx=batches.vmx_of(bytes(item.request).decode()),
                 )
             )
             if size >= STEP:

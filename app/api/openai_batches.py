@@ -28,14 +28,17 @@ from app import (
     submissions,
     validator,
 )
+from app.access import Principal
 from app.api import openai_operations as operations
 from app.api import openai_wire
 from app.api.auth import Caller, authenticate, batch_for, caller, require_resources
-from app.api.batches import Answer, mark_cancelled, number
+from app.api.batches import mark_cancelled
 from app.api.context import Context, Given
+from app.api.described import Answer
 from app.api.errors import AnyRequest
 from app.api.openai_files import allowed, stored_file
 from app.api.openai_wire import BatchesPage, BatchObject, ErrorAnswer, EstimateObject, ResultsPage
+from app.api.query import number
 from app.api.wire import Json, Name, Text, Whole
 from app.api.wire_batches import Priority, Weight, duration
 from app.batches import Appraiser, NewBatch
@@ -47,7 +50,7 @@ from app.forecast import Plan
 from app.ids import uuid7
 from app.log import Log
 from app.submissions import NewSubmission, Submitted
-from app.tenants import ApiKey, Resource
+from app.tenants import Resource
 from app.validator import Reading
 
 log = Log("api")
@@ -145,6 +148,7 @@ class RetrySent(openai_wire.Sent):
 
 @post(
     "/",
+    action="completion-batch:create",
     summary="Make a batch of a file",
     description="It is validated in the background: nothing of it runs before every line is valid. "
     "Completion windows from 1m to 90d; priority, weight and name are Sluice's own. "
@@ -187,7 +191,7 @@ async def create(request: AnyRequest, context: Given, caller: Caller) -> Respons
                 source_ip=request.client.host if request.client is not None else None,
                 idempotency_key=_idempotency_key(request),
                 request_hash=hashlib.sha256(body).digest(),
-                created_by_api_key_id=caller.api_key_id,
+                created_by_api_key_id=_key_id(caller),
             ),
         )
     context.validator.kick()
@@ -199,6 +203,7 @@ async def create(request: AnyRequest, context: Given, caller: Caller) -> Respons
 
 @get(
     "/",
+    action="completion-batch:list",
     summary="List batches",
     description="Newest first, however they were made.",
     responses={200: Answer(BatchesPage, description="A page of batches"), 400: Refused},
@@ -217,7 +222,7 @@ async def list_batches(
             conn,
             workspace_id=caller.workspace_id,
             environment_id=caller.environment_id,
-            api_key_id=caller.api_key_id,
+            api_key_id=_key_id(caller),
             allowed=allowed(caller),
             after=beyond,
             most=most + 1,
@@ -235,6 +240,7 @@ async def list_batches(
 
 @get(
     "/{batch_id:str}",
+    action="completion-batch:get",
     summary="Read a batch",
     responses={200: Batch200, 404: Missing},
 )
@@ -246,6 +252,7 @@ async def retrieve(context: Given, caller: Caller, batch_id: BatchId) -> Respons
 
 @post(
     "/{batch_id:str}/cancel",
+    action="completion-batch:cancel",
     summary="Cancel a batch",
     description="Nothing of it is sent any more; calls in flight are let finish and their answers "
     "kept. What was not executed is in the error file, as batch_cancelled.",
@@ -282,6 +289,7 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 
 @post(
     "/{batch_id:str}/pause",
+    action="completion-batch:update",
     summary="Pause a batch",
     description="Nothing of it is begun until it is resumed; calls in flight are let finish.",
     status_code=200,
@@ -293,6 +301,7 @@ async def pause(context: Given, caller: Caller, batch_id: BatchId) -> Response[b
 
 @post(
     "/{batch_id:str}/resume",
+    action="completion-batch:update",
     summary="Resume a batch",
     description="The opposite of pause; harmless for a batch that is not paused.",
     status_code=200,
@@ -302,7 +311,7 @@ async def resume(context: Given, caller: Caller, batch_id: BatchId) -> Response[
     return await _steered(context, caller, batch_id, pauses=False)
 
 
-async def _steered(context: Context, key: ApiKey, name: str, *, pauses: bool) -> Response[bytes]:
+async def _steered(context: Context, key: Principal, name: str, *, pauses: bool) -> Response[bytes]:
     async with context.db.connection() as conn:
         batch = await _begun(conn, key, name)
     async with context.db.transaction() as conn:
@@ -323,6 +332,7 @@ async def _steered(context: Context, key: ApiKey, name: str, *, pauses: bool) ->
 
 @post(
     "/{batch_id:str}/retry",
+    action="completion-batch:retry",
     summary="Try failed items of a batch again",
     description="Answered ones stay as they are. Its error file begins anew, with another id. One "
     "whose deadline has passed needs a new completion_window, which counts from now.",
@@ -357,10 +367,13 @@ async def retry(
     return openai_wire.answer(openai_wire.batch_object(batch))
 
 
-async def _redrive(conn: Connection, key: ApiKey, batch: Submitted, wanted: RetrySent) -> int:
+async def _redrive(conn: Connection, key: Principal, batch: Submitted, wanted: RetrySent) -> int:
     """Put some failed items back, and the deadline off with the first of them; how many."""
     await capacity.lock_scope(conn, workspace_id=key.workspace_id, scope_id=batch.batch_id)
-    tried = await batches.redrive(conn, workspace_id=key.workspace_id, batch_id=batch.batch_id)
+    # What fails again meanwhile stays failed: only what had ended when the caller asked.
+    tried = await batches.redrive(
+        conn, workspace_id=key.workspace_id, batch_id=batch.batch_id, before=batch.now
+    )
     if tried and wanted.completion_window is not None:
         held = await batches.hold(conn, workspace_id=key.workspace_id, batch_id=batch.batch_id)
         deadline = await batches.clock(conn) + wanted.completion_window
@@ -375,6 +388,7 @@ async def _redrive(conn: Connection, key: ApiKey, batch: Submitted, wanted: Retr
 
 @get(
     "/{batch_id:str}/results",
+    action="completion-batch:get",
     summary="Read results as they come",
     description="Lines of the output and the error file in the order of completion, after a cursor. "
     "While complete is false more will come.",
@@ -424,6 +438,7 @@ async def list_results(
 
 @post(
     "/estimate",
+    action="completion-batch:create",
     summary="Estimate a batch of a file",
     description="What create would make of it, without making it: tokens, time at the present "
     "limits, mistakes by line. No provider is called.",
@@ -445,7 +460,7 @@ async def estimate(request: AnyRequest, context: Given, caller: Caller) -> Respo
 
 
 async def _appraised(
-    context: Context, conn: Connection, key: ApiKey, wanted: EstimateSent, file: File
+    context: Context, conn: Connection, key: Principal, wanted: EstimateSent, file: File
 ) -> tuple[Reading, Appraiser, Plan]:
     batch = NewBatch(
         workspace_id=key.workspace_id,
@@ -457,7 +472,7 @@ async def _appraised(
         weight=wanted.weight,
         expires_at=await batches.clock(conn) + wanted.completion_window,
     )
-    limits = await capacity.limits(conn, workspace_id=key.workspace_id, scope_ids=[key.api_key_id])
+    limits = await capacity.limits(conn, workspace_id=key.workspace_id, scope_ids=[_key_id(key)])
     reading = Reading()
     resources: dict[UUID, Resource] = {}
     means: dict[UUID, float] = {}
@@ -482,7 +497,7 @@ async def _appraised(
                 None,
                 workspace_id=key.workspace_id,
                 environment_id=key.environment_id,
-                api_key_id=key.api_key_id,
+                api_key_id=_key_id(key),
                 lines=lines,
                 reading=reading,
             )
@@ -497,7 +512,7 @@ async def _appraised(
         conn,
         workspace_id=key.workspace_id,
         batch_id=batch.batch_id,
-        api_key_id=key.api_key_id,
+        api_key_id=_key_id(key),
         appraisal=appraiser.found,
         amounts=(),
         priority=batch.priority,
@@ -513,7 +528,7 @@ async def _appraised(
 # What handlers share ------------------------------------------------------------------------------
 
 
-async def _input(conn: Connection, key: ApiKey, wanted: Asked) -> File:
+async def _input(conn: Connection, key: Principal, wanted: Asked) -> File:
     """The file that a batch is to be made of. Raises NotFoundError or ValidationError."""
     file = await stored_file(conn, key, wanted.input_file_id)
     if file is None:
@@ -533,7 +548,7 @@ async def _input(conn: Connection, key: ApiKey, wanted: Asked) -> File:
     return file
 
 
-async def _batch(conn: Connection, key: ApiKey, name: str) -> Submitted:
+async def _batch(conn: Connection, key: Principal, name: str) -> Submitted:
     """A batch that the caller may see. Raises NotFoundError or ForbiddenError."""
     batch = await submissions.get(
         conn,
@@ -547,7 +562,7 @@ async def _batch(conn: Connection, key: ApiKey, name: str) -> Submitted:
     return batch
 
 
-async def _begun(conn: Connection, key: ApiKey, name: str) -> Submitted:
+async def _begun(conn: Connection, key: Principal, name: str) -> Submitted:
     """The same of a batch whose file was accepted. Raises ConflictError too."""
     batch = await _batch(conn, key, name)
     if batch.status is None:
@@ -559,6 +574,12 @@ def _ended(name: str, state: str) -> ConflictError:
     return ConflictError(
         f"Batch '{name}' is {state}: this cannot be done with it.", code="INVALID_BATCH_STATE"
     )
+
+
+def _key_id(caller: Principal) -> UUID:
+    """The caller's key: users have no environment of their own, so only keys come here."""
+    assert caller.api_key_id is not None
+    return caller.api_key_id
 
 
 def _idempotency_key(request: AnyRequest) -> str | None:

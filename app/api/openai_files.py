@@ -9,17 +9,18 @@ from litestar.params import PathParameter, QueryParameter
 from litestar.response import Stream
 
 from app import files, results
+from app.access import Principal
 from app.api import contents, openai_wire, uploads
 from app.api.auth import Caller, authenticate, caller, require_resources
-from app.api.batches import Answer, number
 from app.api.context import Context, Given
+from app.api.described import Answer
 from app.api.errors import AnyRequest
 from app.api.openai_wire import ErrorAnswer, FileDeleted, FileObject, FilesPage
+from app.api.query import number
 from app.db import Connection
 from app.errors import NotFoundError, Problem, ValidationError
 from app.files import File
 from app.results import ResultFile
-from app.tenants import ApiKey
 
 #: Fewer than OpenAI's 10,000 in a page: an output file's size may have to be measured for it.
 _MOST: Final = 1000
@@ -29,13 +30,14 @@ Refused = Answer(ErrorAnswer, description="Something is wrong with the request")
 Missing = Answer(ErrorAnswer, description="There is no such file")
 
 
-def allowed(key: ApiKey) -> list[UUID] | None:
+def allowed(key: Principal) -> list[UUID] | None:
     """The resources that a key is confined to; None: it may use all."""
     return None if "*" in key.resources else [UUID(r) for r in key.resources]
 
 
 @post(
     "/",
+    action="file:create",
     summary="Upload a file",
     description="multipart/form-data with the fields purpose, expires_after[anchor] and "
     "expires_after[seconds], and the part file. It is stored while it arrives.",
@@ -54,6 +56,7 @@ async def create(request: AnyRequest, context: Given, caller: Caller) -> Respons
 
 @get(
     "/",
+    action="file:list",
     summary="List files",
     description="Uploads, and the output and error files of batches that have any line.",
     responses={200: Answer(FilesPage, description="A page of files"), 400: Refused},
@@ -118,6 +121,7 @@ async def list_files(
 
 @get(
     "/{file_id:str}",
+    action="file:get",
     summary="Read about a file",
     responses={200: Answer(FileObject, description="The file"), 404: Missing},
 )
@@ -131,6 +135,7 @@ async def retrieve(context: Given, caller: Caller, file_id: FileId) -> Response[
 
 @get(
     "/{file_id:str}/content",
+    action="file:get",
     summary="Read a file",
     description="Whole or by Range. An output or error file can be read while its batch runs: "
     "x-sluice-complete says whether more will come, x-sluice-next-offset from which byte on.",
@@ -167,6 +172,7 @@ async def content(
 
 @delete(
     "/{file_id:str}",
+    action="file:delete",
     summary="Delete a file",
     description="An output or error file is not shown any more; its batch keeps its items.",
     status_code=200,
@@ -194,7 +200,7 @@ async def remove(context: Given, caller: Caller, file_id: FileId) -> Response[by
     return openai_wire.answer(FileDeleted(id=file_id))
 
 
-async def stored_file(conn: Connection, key: ApiKey, name: str) -> File | None:
+async def stored_file(conn: Connection, key: Principal, name: str) -> File | None:
     """An upload of the caller's environment, or None."""
     try:
         file_id = openai_wire.file_id_of(name)
@@ -208,7 +214,7 @@ async def stored_file(conn: Connection, key: ApiKey, name: str) -> File | None:
     )
 
 
-async def _found(context: Context, key: ApiKey, name: str) -> File | ResultFile:
+async def _found(context: Context, key: Principal, name: str) -> File | ResultFile:
     """A file that the caller may see. Raises NotFoundError or ForbiddenError."""
     async with context.db.connection() as conn:
         stored = await stored_file(conn, key, name)
@@ -221,7 +227,7 @@ async def _found(context: Context, key: ApiKey, name: str) -> File | ResultFile:
     return result
 
 
-async def _result(context: Context, key: ApiKey, file_id: UUID) -> ResultFile | None:
+async def _result(context: Context, key: Principal, file_id: UUID) -> ResultFile | None:
     return await contents.measured(
         context.db,
         workspace_id=key.workspace_id,

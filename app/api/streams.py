@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
-from app import batches, events
-from app.api import wire, wire_batches, wire_streams
-from app.batches import Batch, Brief, Item, Status
+from app import batches, events, items
+from app.api import pages, wire, wire_batches, wire_streams
+from app.batches import Batch, Status
 from app.db import CONNECTION_ERRORS, Connection, Database
 from app.errors import DatabaseUnavailableError, NotFoundError, RequestError
 from app.events import Event, Kind
+from app.items import Brief, Item
 from app.log import Log
 
 log = Log("streams")
@@ -66,10 +67,6 @@ _FIRST_BYTES: Final = {
     False: 32 * 1024.0,
     True: 512.0,
 }  # of a frame, slim or not, until one was seen
-
-#: Items and bytes at most in one answer that shows a batch with its items.
-MOST_ITEMS: Final = 1000
-_MOST_BYTES: Final = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -439,18 +436,18 @@ async def _after(conn: Connection, batch: Batch, number: int) -> list[Event]:
 async def _frames(conn: Connection, batch: Batch, told: Sequence[Event], view: View) -> list[bytes]:
     """A frame of each event; empty where its item's texts are gone (retention)."""
     seqs = sorted({e.seq for e in told if e.seq is not None})
-    items: Mapping[int, Item] | Mapping[int, Brief] = {}
+    told_of: Mapping[int, Item] | Mapping[int, Brief] = {}
     if seqs and view.slim:
-        items = {i.seq: i for i in await batches.items_brief(conn, batch=batch, seqs=seqs)}
+        told_of = {i.seq: i for i in await items.briefly(conn, batch=batch, seqs=seqs)}
     elif seqs:
-        items = {i.seq: i for i in await batches.items_numbered(conn, batch=batch, seqs=seqs)}
+        told_of = {i.seq: i for i in await items.numbered(conn, batch=batch, seqs=seqs)}
     frames: list[bytes] = []
     for event in told:
         if event.seq is None:
             frames.append(frame(event, await _batch_payload(conn, batch, event.kind, view)))
             continue
         status = _STATUS[event.kind]
-        match items.get(event.seq):
+        match told_of.get(event.seq):
             case Item() as item:
                 body = wire_batches.item_body(batch, item, status=status)
             case Brief() as item:
@@ -466,8 +463,10 @@ async def _batch_payload(conn: Connection, batch: Batch, kind: Kind, view: View)
     if view.slim:
         return wire.encode(wire_streams.slim_batch(batch))
     if kind == "batch-created":
-        page, cursor = await first_items(conn, batch)
-        return wire.encode(wire_batches.batch_body(batch, items=page, items_next_cursor=cursor))
+        page = await pages.read(conn, batch)
+        return wire.encode(
+            wire_batches.batch_body(batch, items=page.items, items_next_cursor=page.cursor)
+        )
     return wire.encode(wire_batches.batch_body(batch))
 
 
@@ -475,35 +474,6 @@ def _progress(batch: Batch, view: View) -> bytes:
     """Where the batch stands. No event: it has no number, and nobody is told it twice."""
     payload = wire_streams.slim_batch(batch) if view.slim else wire_batches.batch_body(batch)
     return b'data: {"action":"batch-progress","payload":%s}\n\n' % _one_line(wire.encode(payload))
-
-
-async def first_items(
-    conn: Connection,
-    batch: Batch,
-    *,
-    from_seq: int = 0,
-    status: Status | None = None,
-    most: int = MOST_ITEMS,
-) -> tuple[list[wire_batches.ItemBody], str | None]:
-    """Items from a number on and the cursor after them (None: that was all).
-
-    Fewer than ``most`` when they are large: reading stops at sixteen megabytes of text.
-    """
-    page: list[wire_batches.ItemBody] = []
-    size = 0
-    want = 10  # enough to see how large they are
-    while True:
-        want = min(want, most - len(page))
-        rows = await batches.items(conn, batch=batch, from_seq=from_seq, status=status, most=want)
-        page += [wire_batches.item_body(batch, row) for row in rows]
-        size += sum(len(row.request) + len(row.response or "") for row in rows)
-        if rows:
-            from_seq = rows[-1].seq + 1
-        if len(rows) < want or from_seq >= batch.total_items:
-            return page, None
-        if len(page) >= most or size >= _MOST_BYTES:
-            return page, str(from_seq)
-        want = max(1, (_MOST_BYTES - size) * len(page) // max(size, 1))
 
 
 def frame(event: Event, payload: bytes) -> bytes:

@@ -1,73 +1,51 @@
-"""``/v1/ai-connection``, ``/v1/ai-resource``, ``/v1/api-key`` and ``/v1/whoami``.
+"""``/v1/ai-connection`` and ``/v1/ai-resource``.
 
 Only a key for all resources may create, change or see these: a confined one must not widen its own
 reach.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Final
 from uuid import UUID
 
-import psycopg
-from litestar import HttpMethod, Response, Router, get, post, route
+from litestar import Response, Router, get, post, route
 from litestar.di import Provide
-from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example, Operation
 from litestar.params import Body, PathParameter
 
 from app import capacity, forecast, tenants
+from app.access import Principal
 from app.api import described, wire, wire_capacity, wire_tenants
 from app.api.auth import (
     Caller,
     authenticate,
-    caller,
     require_everything,
     require_resources,
     tenant_caller,
 )
 from app.api.context import Context, Given
 from app.api.errors import AnyRequest, ErrorBody
-from app.capacity import Amount, NamedScope
-from app.db import Connection
-from app.doorbell import WORK
-from app.errors import NotFoundError, Problem, RequestError, ValidationError
-from app.log import Log
-from app.tenants import ApiKey, ApiKeyEntity, ProviderConnection, Resource
-
-log = Log("api")
-
-#: Documentation of an answer; made-up examples would be noise.
-Answer = partial(ResponseSpec, generate_examples=False)
-
-_MOST_BODY: Final = 1024 * 1024
-_COMPATIBLE: Final = "openai-compatible"
-
-# The reference changes by PUT, with bodies as partial as those of PATCH.
-_CHANGING: Final = [HttpMethod.PATCH, HttpMethod.PUT]
-_CHANGED: Final = (
-    "What is absent stays as it is; null is as if it had never been said. Effective at the next "
-    "claim; calls in flight are let finish. PUT is the same."
+from app.api.limited import (
+    CHANGED,
+    CHANGING,
+    MOST_BODY,
+    Answer,
+    amounts_of,
+    answer,
+    created,
+    ring,
+    shows,
+    unique,
+    usage,
 )
+from app.db import Connection
+from app.errors import NotFoundError, Problem, ValidationError
+from app.tenants import ProviderConnection, Resource
+
+_COMPATIBLE: Final = "openai-compatible"
 
 ConnectionId = Annotated[UUID, PathParameter(name="connectionId")]
 ResourceId = Annotated[UUID, PathParameter(name="resourceId")]
-ApiKeyId = Annotated[UUID, PathParameter(name="apiKeyId")]
-
-
-@contextmanager
-def _unique(constraint: str, name: str, code: str) -> Generator[None]:
-    """Translate the refusal of a name that is taken."""
-    try:
-        yield
-    except psycopg.errors.UniqueViolation as error:
-        if error.diag.constraint_name != constraint:
-            raise
-        raise RequestError(
-            f"The name '{name}' is already taken in this environment.", code=code
-        ) from None
 
 
 # Connections --------------------------------------------------------------------------------------
@@ -86,6 +64,7 @@ _CONNECTION_EXAMPLE: Final = Example(
 
 @post(
     "/ai-connection/{workspaceId:str}/{environmentId:str}",
+    action="ai-connection:create",
     summary="Create a connection",
     status_code=201,
     responses={
@@ -100,7 +79,7 @@ async def create_connection(
 ) -> Response[bytes]:
     require_everything(caller, "create connections")
     async with context.db.transaction() as conn:
-        with _unique("connections_name_unique", data.name, "AI_CONNECTION_ALREADY_EXISTS"):
+        with unique("connections_name_unique", data.name, "AI_CONNECTION_ALREADY_EXISTS"):
             connection_id = await tenants.create_connection(
                 conn,
                 keyring=context.keyring,
@@ -119,11 +98,12 @@ async def create_connection(
                 concurrency=data.concurrency,
             )
         made = await _connection_body(conn, caller, connection_id)
-    return _created(made)
+    return created(made)
 
 
 @get(
     "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}",
+    action="ai-connection:get",
     summary="Read a connection",
     responses={200: Answer(wire_tenants.ConnectionBody, description="The connection")},
 )
@@ -135,11 +115,12 @@ async def read_connection(
     require_everything(caller, "read connections")
     async with context.db.connection() as conn:
         found = await _connection_body(conn, caller, connection_id)
-    return _answer(found)
+    return answer(found)
 
 
 @get(
     "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}/capacity-usage",
+    action="ai-connection:get",
     summary="Where the limits of a connection and its models stand",
     responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
 )
@@ -154,8 +135,8 @@ async def connection_usage(
         scope_ids = await capacity.connection_scopes(
             conn, workspace_id=caller.workspace_id, connection_id=connection_id
         )
-        found = await _usage(context, conn, caller, scope_ids)
-    return _answer(found)
+        found = await usage(context, conn, caller, scope_ids)
+    return answer(found)
 
 
 @dataclass
@@ -182,9 +163,10 @@ class ConnectionChange(Operation):
 
 @route(
     "/ai-connection/{workspaceId:str}/{environmentId:str}/{connectionId:str}",
-    http_method=_CHANGING,
+    action="ai-connection:update",
+    http_method=CHANGING,
     summary="Change a connection",
-    description=_CHANGED,
+    description=CHANGED,
     status_code=200,
     operation_class=ConnectionChange,
     responses={
@@ -209,24 +191,11 @@ async def change_connection(
         wanted = wire.changes(wire_tenants.ConnectionPatch, given)
         to = wanted.applied(held, default_timeout_ms=context.settings.default_timeout_ms)
         resources = await tenants.change_connection(
-            conn, held=held, to=to, amounts=_amounts(wanted.model_fields_set, to.capacity)
+            conn, held=held, to=to, amounts=amounts_of(wanted.model_fields_set, to.capacity)
         )
-    _ring(context, resources, connection=connection_id)
+    ring(context, resources, connection=connection_id)
     async with context.db.connection() as conn:
-        return _answer(await _connection_body(conn, caller, connection_id))
-
-
-def _amounts(changed: set[str], entries: Sequence[Mapping[str, object]]) -> list[Amount] | None:
-    """The limits from now on, if a change says anything of them."""
-    if changed.isdisjoint({"capacity", "enforce_capacity"}):
-        return None
-    return wire_capacity.stored_amounts(entries)
-
-
-def _ring(context: Context, resources: Sequence[UUID], **changed: UUID) -> None:
-    """Tell of a committed change, and ring for what it gives workers to do."""
-    log.info("settings.changed", **changed)
-    context.ringer.ring(WORK, resources)
+        return answer(await _connection_body(conn, caller, connection_id))
 
 
 def _base_url_of(data: wire_tenants.ConnectionCreate) -> str:
@@ -252,7 +221,7 @@ def _base_url_of(data: wire_tenants.ConnectionCreate) -> str:
 
 
 async def _connection_body(
-    conn: Connection, key: ApiKey, connection_id: UUID
+    conn: Connection, key: Principal, connection_id: UUID
 ) -> wire_tenants.ConnectionBody:
     found = await _connection(conn, key, connection_id)
     taught = await capacity.learned(
@@ -261,7 +230,7 @@ async def _connection_body(
     return wire_tenants.connection_body(found, taught)
 
 
-async def _connection(conn: Connection, key: ApiKey, connection_id: UUID) -> ProviderConnection:
+async def _connection(conn: Connection, key: Principal, connection_id: UUID) -> ProviderConnection:
     found = await tenants.connection(
         conn,
         workspace_id=key.workspace_id,
@@ -294,6 +263,7 @@ _RESOURCE_EXAMPLE: Final = Example(
 
 @post(
     "/ai-resource/{workspaceId:str}/{environmentId:str}",
+    action="ai-resource:create",
     summary="Create a resource",
     status_code=201,
     responses={
@@ -326,7 +296,7 @@ async def create_resource(
                     )
                 ]
             )
-        with _unique("resources_name_unique", data.name, "AI_RESOURCE_ALREADY_EXISTS"):
+        with unique("resources_name_unique", data.name, "AI_RESOURCE_ALREADY_EXISTS"):
             resource_id = await tenants.create_resource(
                 conn,
                 workspace_id=caller.workspace_id,
@@ -357,11 +327,12 @@ async def create_resource(
                     f"API keys not found: {', '.join(missing[:20])}", code="API_KEY_NOT_FOUND"
                 )
         made = await _resource_body(context, conn, caller, resource_id)
-    return _created(made)
+    return created(made)
 
 
 @get(
     "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}",
+    action="ai-resource:get",
     summary="Read a resource",
     responses={200: Answer(wire_tenants.ResourceBody, description="The resource")},
 )
@@ -369,11 +340,12 @@ async def read_resource(context: Given, caller: Caller, resource_id: ResourceId)
     async with context.db.connection() as conn:
         require_resources(caller, [resource_id])
         found = await _resource_body(context, conn, caller, resource_id)
-    return _answer(found)
+    return answer(found)
 
 
 @get(
     "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}/capacity-usage",
+    action="ai-resource:get",
     summary="Where the limits of a resource stand",
     description="Its own, and those of its model and its connection.",
     responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
@@ -387,8 +359,8 @@ async def resource_usage(
         scope_ids = await capacity.resource_scopes(
             conn, workspace_id=caller.workspace_id, resource_id=resource_id
         )
-        found = await _usage(context, conn, caller, scope_ids)
-    return _answer(found)
+        found = await usage(context, conn, caller, scope_ids)
+    return answer(found)
 
 
 @dataclass
@@ -415,9 +387,10 @@ class ResourceChange(Operation):
 
 @route(
     "/ai-resource/{workspaceId:str}/{environmentId:str}/{resourceId:str}",
-    http_method=_CHANGING,
+    action="ai-resource:update",
+    http_method=CHANGING,
     summary="Change a resource",
-    description=_CHANGED,
+    description=CHANGED,
     status_code=200,
     operation_class=ResourceChange,
     responses={
@@ -440,15 +413,15 @@ async def change_resource(
         wanted = wire.changes(wire_tenants.ResourcePatch, given)
         to = wanted.applied(held)
         resources = await tenants.change_resource(
-            conn, held=held, to=to, amounts=_amounts(wanted.model_fields_set, to.capacity)
+            conn, held=held, to=to, amounts=amounts_of(wanted.model_fields_set, to.capacity)
         )
-    _ring(context, resources, resource=resource_id)
+    ring(context, resources, resource=resource_id)
     async with context.db.connection() as conn:
-        return _answer(await _resource_body(context, conn, caller, resource_id))
+        return answer(await _resource_body(context, conn, caller, resource_id))
 
 
 async def _resource_body(
-    context: Context, conn: Connection, key: ApiKey, resource_id: UUID
+    context: Context, conn: Connection, key: Principal, resource_id: UUID
 ) -> wire_tenants.ResourceBody:
     found = await _resource(conn, key, resource_id)
     taught = await capacity.learned(
@@ -463,19 +436,12 @@ async def _resource_body(
         resource_id=resource_id,
         clockwork=context.clockwork,
     )
-    if waiting is not None and waiting.scope is not None and not _shows(key, waiting.scope):
+    if waiting is not None and waiting.scope is not None and not shows(key, waiting.scope):
         waiting = replace(waiting, scope=None, limit=None)
     return wire_tenants.resource_body(found, taught, waiting)
 
 
-def _shows(key: ApiKey, scope: NamedScope) -> bool:
-    """Whether a caller may know of it: a confined key not of others' batches, keys and addresses."""
-    if "*" in key.resources or scope.scope_id == key.api_key_id:
-        return True
-    return scope.kind in ("connection", "model", "resource")
-
-
-async def _resource(conn: Connection, key: ApiKey, resource_id: UUID) -> Resource:
+async def _resource(conn: Connection, key: Principal, resource_id: UUID) -> Resource:
     found = await tenants.resource(
         conn,
         workspace_id=key.workspace_id,
@@ -485,196 +451,6 @@ async def _resource(conn: Connection, key: ApiKey, resource_id: UUID) -> Resourc
     if found is None:
         raise NotFoundError(f"AI Resource {resource_id} not found", code="AI_RESOURCE_NOT_FOUND")
     return found
-
-
-# Api keys -----------------------------------------------------------------------------------------
-
-_KEY_EXAMPLE: Final = Example(
-    summary="A key for one resource",
-    value={
-        "name": "reporting",
-        "enabled": True,
-        "resources": ["0199d3f2-7c1e-7a52-b6a1-3f4f0c3a9d11"],
-        "enforceCapacity": True,
-        "capacity": [{"period": "day", "tokens": 1000000}],
-    },
-)
-
-
-@post(
-    "/api-key/{workspaceId:str}/{environmentId:str}",
-    summary="Create an API key",
-    description="The key itself is shown in this answer only (apiKeyValue).",
-    status_code=201,
-    responses={
-        201: Answer(wire_tenants.ApiKeyBody, description="The key, with its value"),
-        400: Answer(ErrorBody, description="Something is wrong with the request"),
-    },
-)
-async def create_api_key(
-    context: Given,
-    caller: Caller,
-    data: Annotated[wire_tenants.ApiKeyCreate, Body(examples=[_KEY_EXAMPLE])],
-) -> Response[bytes]:
-    require_everything(caller, "create API keys")
-    async with context.db.transaction() as conn:
-        await _require_known(conn, caller, data.resources)
-        api_key_id, value = await tenants.create_api_key(
-            conn,
-            workspace_id=caller.workspace_id,
-            environment_id=caller.environment_id,
-            name=data.name,
-            description=data.description,
-            enabled=data.enabled,
-            resources=data.resources,
-            labels=data.labels or (),
-            enforce_capacity=data.enforce_capacity,
-            capacity_entries=wire_capacity.capacity_entries(data.capacity),
-            amounts=wire_capacity.amounts(data.capacity),
-            expires_at=data.expires_at,
-        )
-        made = await _api_key(conn, caller, api_key_id)
-    return _created(wire_tenants.api_key_body(made, value=value))
-
-
-@get(
-    "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}",
-    summary="Read an API key",
-    responses={200: Answer(wire_tenants.ApiKeyBody, description="The key, masked")},
-)
-async def read_api_key(context: Given, caller: Caller, api_key_id: ApiKeyId) -> Response[bytes]:
-    if api_key_id != caller.api_key_id:
-        require_everything(caller, "read other API keys")
-    async with context.db.connection() as conn:
-        found = await _api_key(conn, caller, api_key_id)
-    return _answer(wire_tenants.api_key_body(found))
-
-
-@get(
-    "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}/capacity-usage",
-    summary="Where the limits of an API key stand",
-    responses={200: Answer(wire_capacity.CapacityUsage, description="Scopes and their limits")},
-)
-async def api_key_usage(context: Given, caller: Caller, api_key_id: ApiKeyId) -> Response[bytes]:
-    if api_key_id != caller.api_key_id:
-        require_everything(caller, "read other API keys")
-    async with context.db.connection() as conn:
-        await _api_key(conn, caller, api_key_id)
-        scope_ids = await capacity.api_key_scopes(
-            conn, workspace_id=caller.workspace_id, api_key_id=api_key_id
-        )
-        found = await _usage(context, conn, caller, scope_ids)
-    return _answer(found)
-
-
-@dataclass
-class ApiKeyChange(Operation):
-    """Documents the body of a change, which is read by hand."""
-
-    def __post_init__(self) -> None:
-        self.request_body = described.body(
-            described.fields(
-                [],
-                enabled=described.flag,
-                expiresAt=described.moment,
-                resources=described.texts,
-                capacity=described.capacity(),
-                enforceCapacity=described.flag,
-                description=described.text,
-                labels=described.texts,
-            ),
-            off=Example(summary="Let it open nothing any more", value={"enabled": False}),
-        )
-
-
-@route(
-    "/api-key/{workspaceId:str}/{environmentId:str}/{apiKeyId:str}",
-    http_method=_CHANGING,
-    summary="Change an API key",
-    description=_CHANGED,
-    status_code=200,
-    operation_class=ApiKeyChange,
-    responses={
-        200: Answer(wire_tenants.ApiKeyBody, description="The key, masked"),
-        400: Answer(ErrorBody, description="Something is wrong with the request"),
-    },
-)
-async def change_api_key(
-    request: AnyRequest, context: Given, caller: Caller, api_key_id: ApiKeyId
-) -> Response[bytes]:
-    require_everything(caller, "change API keys")
-    async with context.db.connection() as conn:
-        await _api_key(conn, caller, api_key_id)
-    given = wire.object_of(await request.body())
-    async with context.db.transaction() as conn:
-        await tenants.lock_api_key(conn, workspace_id=caller.workspace_id, api_key_id=api_key_id)
-        held = await _api_key(conn, caller, api_key_id)
-        fixed = wire_tenants.ApiKeyPatch.FIXED
-        wire_tenants.require_fixed(fixed, given, wire_tenants.api_key_body(held))
-        wanted = wire.changes(wire_tenants.ApiKeyPatch, given)
-        to = wanted.applied(held)
-        await _require_known(conn, caller, wanted.resources)
-        resources = await tenants.change_api_key(
-            conn, to=to, amounts=_amounts(wanted.model_fields_set, to.capacity)
-        )
-    _ring(context, resources, api_key=api_key_id)
-    async with context.db.connection() as conn:
-        return _answer(wire_tenants.api_key_body(await _api_key(conn, caller, api_key_id)))
-
-
-async def _require_known(conn: Connection, key: ApiKey, resources: Sequence[str]) -> None:
-    """Refuse ids in an allowlist that are no resources of the environment."""
-    for each in resources:
-        if each != "*":
-            await _resource(conn, key, UUID(each))
-
-
-async def _api_key(conn: Connection, key: ApiKey, api_key_id: UUID) -> ApiKeyEntity:
-    found = await tenants.api_key_entity(
-        conn,
-        workspace_id=key.workspace_id,
-        environment_id=key.environment_id,
-        api_key_id=api_key_id,
-    )
-    if found is None:
-        raise NotFoundError(f"API key {api_key_id} not found", code="API_KEY_NOT_FOUND")
-    return found
-
-
-async def _usage(
-    context: Context, conn: Connection, key: ApiKey, scope_ids: Sequence[UUID]
-) -> wire_capacity.CapacityUsage:
-    named = await capacity.named(conn, workspace_id=key.workspace_id, scope_ids=scope_ids)
-    scopes = {scope_id: scope for scope_id, scope in named.items() if _shows(key, scope)}
-    usage = await capacity.usage(
-        conn,
-        workspace_id=key.workspace_id,
-        scope_ids=scope_ids,
-        guard_s=context.settings.guard_s,
-        with_reserved=True,
-    )
-    return wire_capacity.capacity_usage(scopes, usage)
-
-
-# Who am I -----------------------------------------------------------------------------------------
-
-
-@get(
-    "/whoami",
-    summary="What the key opens",
-    dependencies={"caller": Provide(caller)},
-    responses={200: Answer(wire_tenants.WhoAmI, description="The caller")},
-)
-async def whoami(caller: Caller) -> Response[bytes]:
-    return _answer(wire_tenants.who_am_i(caller))
-
-
-def _answer(body: object, status: int = 200) -> Response[bytes]:
-    return Response(wire.encode(body), media_type="application/json", status_code=status)
-
-
-def _created(body: object) -> Response[bytes]:
-    return _answer(body, 201)
 
 
 router = Router(
@@ -688,14 +464,9 @@ router = Router(
         read_resource,
         change_resource,
         resource_usage,
-        create_api_key,
-        read_api_key,
-        change_api_key,
-        api_key_usage,
-        whoami,
     ],
     guards=[authenticate],
     dependencies={"caller": Provide(tenant_caller)},
-    request_max_body_size=_MOST_BODY,
+    request_max_body_size=MOST_BODY,
     tags=["Tenants"],
 )

@@ -18,6 +18,7 @@ from multipart import (  # pyright: ignore[reportMissingTypeStubs] - annotated, 
 )
 
 from app import files
+from app.access import Principal
 from app.api.context import Context
 from app.api.errors import AnyRequest, BrokenOffError
 from app.db import CONNECTION_ERRORS
@@ -25,7 +26,6 @@ from app.errors import Problem, RequestError, TooLargeError, ValidationError
 from app.files import CHUNK, File
 from app.log import Log
 from app.settings import Settings
-from app.tenants import ApiKey
 
 log = Log("api")
 
@@ -125,7 +125,7 @@ class _Form:
         return float(seconds)
 
 
-async def store_file(context: Context, request: AnyRequest, key: ApiKey) -> File:
+async def store_file(context: Context, request: AnyRequest, key: Principal) -> File:
     """Store the file of a request. Raises RequestError; then nothing of it is kept."""
     parser = _parser(request)
     announced = request.headers.get("content-length", "")
@@ -166,7 +166,7 @@ async def store_file(context: Context, request: AnyRequest, key: ApiKey) -> File
     return stored
 
 
-async def _discard(context: Context, key: ApiKey, file_id: UUID) -> None:
+async def _discard(context: Context, key: Principal, file_id: UUID) -> None:
     try:
         async with context.db.connection() as conn:
             await files.delete(

@@ -82,7 +82,8 @@ def _boolean(value: object) -> object:
     return value
 
 
-def _moment(value: object) -> object:
+def moment(value: object) -> object:
+    """A time with its zone, for pydantic; None stays."""
     if value is None or isinstance(value, datetime):
         return value
     try:
@@ -102,7 +103,7 @@ Name = Annotated[str, BeforeValidator(_storable), Field(min_length=1, max_length
 Keyed = Annotated[dict[str, Any], BeforeValidator(_storable)]
 Flag = Annotated[bool, BeforeValidator(_boolean)]
 Whole = Annotated[int, BeforeValidator(_whole)]
-Moment = Annotated[datetime | None, BeforeValidator(_moment)]
+Moment = Annotated[datetime | None, BeforeValidator(moment)]
 
 
 class Sent(BaseModel):
@@ -141,12 +142,17 @@ def object_of(body: bytes) -> Json:
     return cast("Json", given)
 
 
-def changes(model: type[Change], given: Json) -> Change:
-    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+def read(model: type[Change], given: Json) -> Change:
+    """What a request says. Raises ValidationError."""
     try:
-        wanted = model.model_validate(given)
+        return model.model_validate(given)
     except PydanticError as error:
         raise ValidationError(problems_of(error)) from None
+
+
+def changes(model: type[Change], given: Json) -> Change:
+    """What a change says. Raises ValidationError, also when it says nothing that is known."""
+    wanted = read(model, given)
     if not wanted.model_fields_set:
         *most, last = (field.alias or name for name, field in model.model_fields.items())
         raise ValidationError(

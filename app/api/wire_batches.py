@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal, cast
 from uuid import UUID
@@ -19,10 +20,12 @@ from app.api.wire import (
     Moment,
     Name,
     Sent,
+    Text,
     Whole,
     instant,
     instant_or_none,
 )
+from app.api.wire_access import ApiKeyBody, UserBody
 from app.api.wire_capacity import (
     Capacity,
     EtaBody,
@@ -32,14 +35,20 @@ from app.api.wire_capacity import (
     limit_ref,
     waiting_body,
 )
-from app.api.wire_tenants import ApiKeyBody
-from app.batches import Appraisal, Batch, Item, Status
+from app.batches import Appraisal, Batch, Status
 from app.errors import Problem
 from app.forecast import Outlook, Plan
 from app.ids import item_id
+from app.items import Attempt, Item
 
 WireStatus = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
 WireType = Literal["SYNC", "ASYNC", "CALLBACK"]
+WireOutcome = Literal[
+    "RUNNING", "ANSWERED", "REJECTED", "THROTTLED", "UNREACHABLE", "LOST", "UNSENT", "IMPOSSIBLE"
+]
+
+#: Why items ended that another try may bring an answer for.
+_RETRYABLE: Final = frozenset({"exhausted", "crashed", "expired"})
 
 
 # Answers ------------------------------------------------------------------------------------------
@@ -52,8 +61,51 @@ class ItemResponse(Answer, kw_only=True, frozen=True):
     headers: dict[str, str]
 
 
+class ErrorDetails(Answer, kw_only=True, frozen=True):
+    """More about a failure: what the provider said, and whether another try may help."""
+
+    status_code: int | None
+    type: str | None
+    code: str | None
+    param: str | None
+    retryable: bool
+
+
+class AttemptBody(Answer, kw_only=True, frozen=True):
+    """One call of an item. Tokens are those charged: true ones where known, else reserved."""
+
+    attempt: int
+    outcome: WireOutcome
+    resource_id: UUID
+    resource: str | None
+    connection_id: UUID | None
+    provider: str | None
+    model: str | None
+    claimed_at: str
+    started_at: str | None
+    completed_at: str | None
+    duration_ms: int | None
+    status_code: int | None
+    provider_request_id: str | None
+    error_code: str | None
+    error_message: str | None
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+
+
+class AttemptsBody(Answer, kw_only=True, frozen=True):
+    """Every call of an item, oldest first."""
+
+    data: list[AttemptBody]
+
+
 class ItemBody(Answer, kw_only=True, frozen=True):
-    """An item. ``outputTokens`` and ``completionTokens`` are the same number."""
+    """An item. ``outputTokens`` and ``completionTokens`` are the same number.
+
+    ``attempts`` counts them; ``calls`` (if asked for) tells of each.
+    """
 
     workspace_id: UUID
     environment_id: UUID
@@ -64,8 +116,11 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     resource_id: UUID
     status: WireStatus
     request: Json | UnsetType = UNSET
-    response: ItemResponse | UnsetType | None = UNSET
+    response: ItemResponse | Json | None
+    correlation_id: str
     model: str | None
+    provider: str | None
+    connection_id: UUID | None
     estimated_prompt_tokens: int
     prompt_tokens: int
     output_tokens: int
@@ -73,13 +128,15 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     total_tokens: int
     error_code: str | None
     error_message: str | None
-    error_details: dict[str, int] | None
+    error_details: ErrorDetails | None
     retry_count: int
     attempts: int
+    max_attempts: int
     next_attempt_at: str | None
     created_at: str
     started_at: str | None
     completed_at: str | None
+    calls: list[AttemptBody] | UnsetType = UNSET
 
 
 class BatchBody(Answer, kw_only=True, frozen=True):
@@ -99,6 +156,9 @@ class BatchBody(Answer, kw_only=True, frozen=True):
     priority: int
     weight: float
     is_paused: bool
+    max_attempts: int | None
+    timeout_ms: int | None
+    idempotency_key: str | None
     expires_at: str | None
     expired_at: str | None
     waiting_for: WaitingBody | UnsetType | None = UNSET
@@ -123,14 +183,29 @@ class BatchBody(Answer, kw_only=True, frozen=True):
     completed_at: str | None
     created_by_user_id: UUID | None
     created_by_api_key_id: UUID | None
-    created_by_user: Json | UnsetType | None = UNSET
+    created_by_user: UserBody | UnsetType | None = UNSET
     created_by_api_key: ApiKeyBody | UnsetType | None = UNSET
     items: list[ItemBody] | UnsetType = UNSET
     items_next_cursor: str | UnsetType | None = UNSET
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Creators:
+    """Who made a batch: one of them, or neither."""
+
+    api_key: ApiKeyBody | None
+    user: UserBody | None
+
+
+class RetryBody(Answer, kw_only=True, frozen=True):
+    """How many items were put back in line, and the batch as it is then."""
+
+    retried: int
+    batch: BatchBody
+
+
 class ItemsPage(Answer, kw_only=True, frozen=True):
-    """Items in the order of submission; ``nextCursor`` is null on the last page."""
+    """Items in the order asked for; ``nextCursor`` is null on the last page."""
 
     data: list[ItemBody]
     next_cursor: str | None
@@ -148,23 +223,36 @@ def _verbatim(text: str) -> Json:
     return cast("Json", cast("object", msgspec.Raw(text.encode())))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How items are shown. ``bare``: the provider's reply alone as their response."""
+
+    has_request: bool = True
+    bare: bool = False
+
+
+USUAL: Final = Shape()
+
+
 def item_body(
-    batch: Batch, item: Item, *, status: Status | None = None, slim: bool = False
+    batch: Batch,
+    item: Item,
+    *,
+    status: Status | None = None,
+    shape: Shape = USUAL,
+    attempts: Sequence[Attempt] | None = None,
 ) -> ItemBody:
     """An item on the wire.
 
-    ``status``: show it as it was in this state, for the event that brought it there. ``slim``:
-    without request and response.
+    ``status``: show it as it was in this state, for the event that brought it there.
     """
     shown = status or item.status
     ended = shown in ("completed", "failed", "cancelled")
     answered = shown == "completed"
+    failed = shown == "failed"
     prompt_tokens = (item.input_tokens or 0) if answered else 0
     output_tokens = (item.output_tokens or 0) if answered else 0
-    response: ItemResponse | UnsetType | None = UNSET if slim else None
-    if answered and not slim and item.response is not None:
-        response = ItemResponse(data=_verbatim(item.response), headers=item.headers or {})
-    failed = shown == "failed"
+    correlation_id = (item.vmx or {}).get("correlationId") or str(item.batch_id)
     return ItemBody(
         workspace_id=item.workspace_id,
         environment_id=batch.environment_id,
@@ -174,9 +262,12 @@ def item_body(
         custom_id=item.custom_id,
         resource_id=item.resource_id,
         status=_status(shown),
-        request=UNSET if slim else _verbatim(item.request),
-        response=response,
+        request=_verbatim(item.request) if shape.has_request else UNSET,
+        response=_response(item, correlation_id, bare=shape.bare if answered else None),
+        correlation_id=correlation_id,
         model=item.model if answered else None,
+        provider=item.provider if answered else None,
+        connection_id=item.connection_id if answered else None,
         estimated_prompt_tokens=item.estimated_input_tokens,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
@@ -184,17 +275,92 @@ def item_body(
         total_tokens=prompt_tokens + output_tokens,
         error_code=item.error_code if failed else None,
         error_message=item.error_message if failed else None,
-        error_details={"statusCode": item.status_code}
-        if failed and item.status_code is not None
-        else None,
+        error_details=_error_details(item) if failed else None,
         retry_count=item.failures,
         attempts=item.attempt,
+        max_attempts=item.max_attempts,
         next_attempt_at=instant(item.visible_at)
         if shown == "pending" and item.status == "pending" and item.attempt
         else None,
         created_at=instant(item.created_at),
         started_at=instant_or_none(item.claimed_at),
         completed_at=instant_or_none(item.ended_at) if ended else None,
+        calls=UNSET if attempts is None else [attempt_body(each) for each in attempts],
+    )
+
+
+def _response(item: Item, correlation_id: str, *, bare: bool | None) -> ItemResponse | Json | None:
+    """The provider's reply; ``bare`` None: there is none to show."""
+    if bare is None or item.response is None:
+        return None
+    if bare:
+        return _verbatim(item.response)
+    ours = {
+        "x-vmx-request-id": item.request_id,
+        "x-vmx-correlation-id": correlation_id,
+        "x-vmx-model": item.model,
+        "x-vmx-provider": item.provider,
+        "x-vmx-connection-id": None if item.connection_id is None else str(item.connection_id),
+    }
+    told = {name: value for name, value in ours.items() if value is not None}
+    return ItemResponse(data=_verbatim(item.response), headers=(item.headers or {}) | told)
+
+
+class _ProviderError(msgspec.Struct):
+    type: object = None
+    code: object = None
+    param: object = None
+
+
+class _Refusal(msgspec.Struct):
+    error: _ProviderError | None = None
+
+
+_decode_refusal = msgspec.json.Decoder(_Refusal).decode
+
+
+def _error_details(item: Item) -> ErrorDetails:
+    said: _ProviderError | None = None
+    if item.response is not None:
+        try:
+            said = _decode_refusal(item.response).error
+        except (msgspec.DecodeError, UnicodeError):
+            said = None  # a provider with errors of a shape of its own
+    return ErrorDetails(
+        status_code=item.status_code,
+        type=_short(said and said.type),
+        code=_short(said and said.code),
+        param=_short(said and said.param),
+        retryable=item.ended_reason in _RETRYABLE,
+    )
+
+
+def _short(value: object) -> str | None:
+    return str(value)[:200] if isinstance(value, str | int) else None
+
+
+def attempt_body(attempt: Attempt) -> AttemptBody:
+    """One call on the wire."""
+    return AttemptBody(
+        attempt=attempt.attempt,
+        outcome=cast("WireOutcome", attempt.outcome.upper()),
+        resource_id=attempt.resource_id,
+        resource=attempt.resource,
+        connection_id=attempt.connection_id,
+        provider=attempt.provider,
+        model=attempt.model,
+        claimed_at=instant(attempt.claimed_at),
+        started_at=instant_or_none(attempt.started_at),
+        completed_at=instant_or_none(attempt.ended_at),
+        duration_ms=attempt.latency_ms,
+        status_code=attempt.status_code,
+        provider_request_id=attempt.request_id,
+        error_code=attempt.error_code,
+        error_message=attempt.error_message,
+        prompt_tokens=attempt.input_tokens,
+        output_tokens=attempt.output_tokens,
+        cached_tokens=attempt.cached_tokens,
+        reasoning_tokens=attempt.reasoning_tokens,
     )
 
 
@@ -203,7 +369,7 @@ def batch_body(
     *,
     items: Sequence[ItemBody] | None = None,
     items_next_cursor: str | None = None,
-    created_by: ApiKeyBody | UnsetType | None = UNSET,
+    creators: Creators | None = None,
     outlook: Outlook | None = None,
 ) -> BatchBody:
     """A batch on the wire; what is not given is absent there."""
@@ -227,6 +393,9 @@ def batch_body(
         priority=batch.priority,
         weight=round(batch.weight, 3),
         is_paused=batch.is_paused,
+        max_attempts=batch.max_attempts,
+        timeout_ms=batch.timeout_ms,
+        idempotency_key=batch.idempotency_key,
         expires_at=instant_or_none(batch.expires_at),
         expired_at=instant_or_none(batch.expired_at),
         waiting_for=UNSET if outlook is None else waiting_body(outlook.waiting),
@@ -249,10 +418,10 @@ def batch_body(
         updated_at=instant(max(at for at in seen if at is not None)),
         started_at=instant_or_none(batch.started_at),
         completed_at=instant_or_none(batch.completed_at),
-        created_by_user_id=None,
+        created_by_user_id=batch.created_by_user_id,
         created_by_api_key_id=batch.created_by_api_key_id,
-        created_by_user=UNSET if created_by is UNSET else None,
-        created_by_api_key=created_by,
+        created_by_user=UNSET if creators is None else creators.user,
+        created_by_api_key=UNSET if creators is None else creators.api_key,
         items=UNSET if items is None else list(items),
         items_next_cursor=UNSET if items is None else items_next_cursor,
     )
@@ -377,6 +546,11 @@ class _Deadline(Sent):
             raise ValueError("goes without completionWindow; send one of them")
         return value
 
+    @property
+    def sets_deadline(self) -> bool:
+        """Whether it says anything of the deadline, be it that there is none."""
+        return not self.model_fields_set.isdisjoint({"completion_window", "expires_at"})
+
     def deadline(self, now: datetime) -> datetime | None:
         """When nothing is begun any more; a window counts from now."""
         if self.completion_window is not None:
@@ -401,11 +575,6 @@ class BatchPatch(_Deadline):
     capacity: Capacity | None = None
     is_paused: Flag = False
 
-    @property
-    def sets_deadline(self) -> bool:
-        """Whether it says anything of the deadline, be it that there is none."""
-        return not self.model_fields_set.isdisjoint({"completion_window", "expires_at"})
-
 
 class BatchHead(_Deadline):
     """A new batch but for its items, which are never held together."""
@@ -416,6 +585,7 @@ class BatchHead(_Deadline):
     priority: Priority = 0
     weight: Weight = 1
     max_attempts: Annotated[Whole, Field(ge=1, le=100)] | None = None
+    timeout_ms: Annotated[Whole, Field(ge=100, le=600_000)] | None = None
     idempotency_key: Name | None = None
     capacity: Capacity | None = None
     callback_options: dict[str, Any] | None = None
@@ -429,3 +599,25 @@ class BatchHead(_Deadline):
     @classmethod
     def _null_is_usual(cls, value: object, info: ValidationInfo) -> object:
         return {"priority": 0, "weight": 1}[info.field_name or ""] if value is None else value
+
+
+class BatchRetry(_Deadline):
+    """Which items of a batch are to be tried again; absent: all that failed.
+
+    ``EXPIRED`` are those failed ones that a deadline overtook. A deadline that has passed is
+    replaced by the one given here (null: none).
+    """
+
+    item_ids: list[UUID] | None = None
+    custom_ids: list[Text] | None = None
+    indexes: list[Whole] | None = None
+    error_codes: list[Text] | None = None
+    statuses: list[
+        Annotated[Literal["FAILED", "CANCELLED", "EXPIRED"], BeforeValidator(_upper)]
+    ] = Field(default=["FAILED"], min_length=1)
+
+
+class BatchCancel(Sent):
+    """What becomes of calls in flight."""
+
+    running: Annotated[Literal["ABORT", "FINISH"], BeforeValidator(_upper)] = "FINISH"

@@ -7,8 +7,9 @@ from msgspec import UNSET, UnsetType
 
 from app.api.wire import Answer
 from app.api.wire_batches import WireStatus
-from app.batches import Batch, Brief, Status
+from app.batches import Batch, Status
 from app.ids import item_id
+from app.items import Brief
 
 
 class StreamEvent(Answer, kw_only=True, frozen=True):

@@ -3,7 +3,9 @@
     run          the main job: answer the rows of a file          run, local, remote, answers, progress
     up, serve    the API, with everything else or by itself       up
     worker       the calls, in one process or several             workers
-    batches      look at and end batches of a server              batches, client
+    batches      look at and end batches of a server              batches, client, flags
+    keys         the API keys of a server                         keys, client, flags
+    workspaces   tenants, in the database itself                  workspaces
     demo         three hundred tickets and a simulated provider   demo
     simulate     that provider by itself                          simulate
     migrate, doctor, explain, db                                  upkeep
@@ -39,6 +41,8 @@ _MODULES: Final[Mapping[str, str]] = MappingProxyType(
         "serve": "up",
         "worker": "workers",
         "batches": "batches",
+        "keys": "keys",
+        "workspaces": "workspaces",
         "migrate": "upkeep",
         "doctor": "upkeep",
         "simulate": "simulate",

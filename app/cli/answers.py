@@ -9,20 +9,21 @@ A file appears whole or not at all: it is written beside its place and renamed.
 
 import contextlib
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import IO, Final
 
 import msgspec
 
-from app.batches import Result
 from app.errors import SluiceError, UsageError
 from app.inputs import Input, Row, json_body
+from app.items import Result
+from app.replies import answer_text
 
 _OPEN: Final = frozenset({"pending", "running"})
 _GOOD: Final = range(200, 300)
@@ -77,7 +78,7 @@ async def write_answers(
     file that cannot be written. The first ``samples`` answers are handed back too.
     """
     tally = Tally()
-    with _whole(output, remedy) as file:
+    with whole_file(output, remedy) as file:
         write = _writer(given, file)
         for row in islice(given.rows(), most):
             result = await anext(results, None)
@@ -112,13 +113,14 @@ def reason(result: Result | None) -> str:
 
 
 @contextlib.contextmanager
-def _whole(output: Path, remedy: str) -> Generator[IO[str]]:
+def whole_file(output: Path, remedy: str) -> Generator[TextIOWrapper]:
     """A text file that takes its place when it is complete."""
     draft = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         # Not newline translation: csv and JSON lines write their own. What UTF-8 cannot hold
         # (a lone surrogate in an answer) becomes "?" rather than a file that nobody can read.
         with draft.open("w", encoding="utf-8", errors="replace", newline="") as file:
+            assert isinstance(file, TextIOWrapper)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -219,52 +221,3 @@ def _verbatim(text: str | None) -> object:
 
 def _write_line(file: IO[str], line: dict[str, object]) -> None:
     file.write(json_body(line).decode("utf-8", "replace") + "\n")
-
-
-# What a person wants of an answer -------------------------------------------------------------
-
-
-def answer_text(endpoint: str, response: str | None) -> str:
-    """The text in a provider's reply, exactly; what is not text (a vector, a tool call) as JSON.
-
-    Empty when the reply has no such thing: it is in the response all the same.
-    """
-    try:
-        reply = cast("dict[str, Any]", json.loads(response or "null"))
-        match endpoint:
-            case "/v1/chat/completions":
-                return _chat_text(reply)
-            case "/v1/responses":
-                return _responses_text(reply)
-            case "/v1/completions":
-                return str(reply["choices"][0]["text"])
-            case "/v1/embeddings":
-                vectors = [entry["embedding"] for entry in reply["data"]]
-                return _json(vectors[0] if len(vectors) == 1 else vectors)
-            case _:
-                return _json(reply["results"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
-        return ""
-
-
-def _chat_text(reply: dict[str, Any]) -> str:
-    message = reply["choices"][0]["message"]
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    other = message.get("tool_calls") or content or message.get("refusal")
-    return other if isinstance(other, str) else "" if other is None else _json(other)
-
-
-def _responses_text(reply: dict[str, Any]) -> str:
-    parts = [
-        part["text"]
-        for entry in reply["output"]
-        for part in entry.get("content") or ()
-        if part.get("type") == "output_text"
-    ]
-    return "".join(parts)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,47 +1,53 @@
-"""``sluice batches``: look at, steer and end the batches of a server."""
+"""``sluice batches``: look at, steer, end and try again the batches of a server."""
 
+import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from uuid import UUID
 
 import click
 
-from app import settings
-from app.cli.client import Batch, Server
-from app.cli.processes import log_for_person
+from app.cli.answers import whole_file
+from app.cli.client import Batch
+from app.cli.flags import server_of, with_server
 from app.cli.progress import Progress
 from app.errors import UsageError
 
 _NAME_WIDTH = 30
-
-
-def _with_server(command: Callable[..., None]) -> Callable[..., None]:
-    command = click.option("--key", help="The server's API key.  [default: that of `sluice up`]")(
-        command
-    )
-    return click.option("--server", help="The server.  [default: http://127.0.0.1:8080]")(command)
-
-
-def _server(url: str | None, key: str | None) -> Server:
-    known = settings.load()
-    log_for_person(known)
-    return Server.of(known, url, key)
+_STATES = click.Choice(
+    ["pending", "running", "completed", "failed", "cancelled"], case_sensitive=False
+)
 
 
 @click.group()
 def batches() -> None:
-    """Look at, watch, steer and cancel the batches of a server."""
+    """Look at, watch, steer, cancel and try again the batches of a server."""
 
 
 @batches.command("list")
-@_with_server
+@with_server
 @click.option("--most", type=click.IntRange(1, 100), default=20, show_default=True)
-def list_batches(server: str | None, key: str | None, most: int) -> None:
+@click.option("--status", type=_STATES, help="Only those in this state.")
+@click.option("--name", help="Only those with this in their name.")
+@click.option("--metadata", metavar="KEY=VALUE", help="Only those with this fact.")
+def list_batches(
+    server: str | None,
+    key: str | None,
+    most: int,
+    *,
+    status: str | None,
+    name: str | None,
+    metadata: str | None,
+) -> None:
     """List the newest batches."""
-    with _server(server, key) as known:
-        found = known.batches(most=most)
+    with server_of(server, key) as known:
+        found = known.batches(most=most, status=status, name=name, metadata=metadata)
     if not found:
-        click.echo("There are no batches yet.")
+        click.echo(
+            "There are no such batches."
+            if status or name or metadata
+            else "There are no batches yet."
+        )
         return
     click.echo(
         f"{'batch':36}  {'state':9}  {'done':>17}  {'failed':>7}  created               name"
@@ -57,43 +63,125 @@ def list_batches(server: str | None, key: str | None, most: int) -> None:
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def show(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Show one batch."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.batch(batch_id))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
-def cancel(server: str | None, key: str | None, batch_id: UUID) -> None:
+@click.option("--abort", is_flag=True, help="Cut calls in flight; their answers are lost.")
+def cancel(server: str | None, key: str | None, batch_id: UUID, *, abort: bool) -> None:
     """Cancel a batch: nothing of it is sent any more, calls in flight are let finish."""
-    with _server(server, key) as known:
-        _tell(known.cancel(batch_id))
+    with server_of(server, key) as known:
+        _tell(known.cancel(batch_id, running="abort" if abort else "finish"))
 
 
 @batches.command()
-@_with_server
+@with_server
+@click.argument("batch_id", type=click.UUID)
+@click.option("--error", "errors", multiple=True, help="Only items with this error; repeatable.")
+@click.option(
+    "--index", "indexes", multiple=True, type=click.IntRange(0), help="Only this item; repeatable."
+)
+@click.option("--custom-id", "custom_ids", multiple=True, help="Only this item; repeatable.")
+@click.option("--cancelled", is_flag=True, help="Also items that were cancelled.")
+@click.option(
+    "--expires", help="A new deadline, from now, such as 24h; or never. Needed after the old one."
+)
+def retry(
+    server: str | None,
+    key: str | None,
+    batch_id: UUID,
+    *,
+    errors: tuple[str, ...],
+    indexes: tuple[int, ...],
+    custom_ids: tuple[str, ...],
+    cancelled: bool,
+    expires: str | None,
+) -> None:
+    """Try the failed items of a batch again, or some of them; it goes on."""
+    which: dict[str, object] = {
+        "statuses": ["FAILED", "CANCELLED"] if cancelled else ["FAILED"]
+    } | _deadline(expires)
+    for name, given in (("errorCodes", errors), ("indexes", indexes), ("customIds", custom_ids)):
+        if given:
+            which[name] = list(given)
+    with server_of(server, key) as known:
+        retried, batch = known.retry(batch_id, which)
+    items = "item is" if retried == 1 else "items are"
+    click.echo(f"{retried:,} {items} tried again." if retried else "There is nothing to try again.")
+    _tell(batch)
+
+
+@batches.command()
+@with_server
+@click.argument("batch_id", type=click.UUID)
+@click.option(
+    "--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file to write.  [default: standard output]",
+)
+@click.option("--status", type=_STATES, help="Only items in this state.  [default: all that ended]")
+@click.option("--after", type=click.IntRange(-1), help="Only items with a higher index.")
+def results(
+    server: str | None,
+    key: str | None,
+    batch_id: UUID,
+    *,
+    form: str,
+    output: Path | None,
+    status: str | None,
+    after: int | None,
+) -> None:
+    """Write a batch's results so far, in order: JSON lines or CSV.
+
+    While the batch runs, standard error says from where to go on later.
+    """
+    params = {"format": form}
+    if status is not None:
+        params["status"] = status
+    if after is not None:
+        params["after"] = str(after)
+    with server_of(server, key) as known:
+        if output is None:
+            following = known.download(batch_id, params, sys.stdout.buffer.write)
+        else:
+            with whole_file(output, "Repeat the command.") as file:
+                following = known.download(batch_id, params, file.buffer.write)
+    if following is not None:
+        click.echo(
+            f"Not complete: the batch still runs. Go on later with --after {following}.", err=True
+        )
+
+
+@batches.command()
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def pause(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Pause a batch: nothing of it is begun, calls in flight are let finish."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.pause(batch_id))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def resume(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Let a paused batch go on."""
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.resume(batch_id))
 
 
 @batches.command("set")
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 @click.option("--priority", type=click.IntRange(-100, 100), help="Higher goes first.")
 @click.option(
@@ -119,28 +207,34 @@ def set_batch(
         change["priority"] = priority
     if weight is not None:
         change["weight"] = weight
-    if expires == "never":
-        change["expiresAt"] = None
-    elif expires is not None:
-        change["expiresAt" if "T" in expires else "completionWindow"] = expires
+    change |= _deadline(expires)
     if not change:
         raise UsageError("Nothing to change; give --priority, --weight or --expires.")
-    with _server(server, key) as known:
+    with server_of(server, key) as known:
         _tell(known.change(batch_id, change))
 
 
 @batches.command()
-@_with_server
+@with_server
 @click.argument("batch_id", type=click.UUID)
 def watch(server: str | None, key: str | None, batch_id: UUID) -> None:
     """Follow a batch until it is finished; Ctrl-C stops watching, not the batch.
 
     Exit code 0: every item was answered, 1: not.
     """
-    with _server(server, key) as known, Progress() as view:
+    with server_of(server, key) as known, Progress() as view:
         batch = known.watch(batch_id, view, clock=time.monotonic)
     _tell(batch)
     raise SystemExit(0 if batch.completed == batch.total_items else 1)
+
+
+def _deadline(expires: str | None) -> dict[str, object]:
+    """A flag as the API takes it."""
+    if expires is None:
+        return {}
+    if expires == "never":
+        return {"expiresAt": None}
+    return {"expiresAt" if "T" in expires else "completionWindow": expires}
 
 
 def _tell(batch: Batch) -> None:

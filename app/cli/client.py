@@ -146,6 +146,24 @@ class Batch(msgspec.Struct, rename="camel"):
         )
 
 
+class Key(msgspec.Struct, rename="camel"):
+    """An API key; its value only when it was made or rotated."""
+
+    api_key_id: UUID
+    name: str
+    masked_key: str
+    enabled: bool
+    permissions: list[str]
+    expires_at: str | None
+    last_used_at: str | None
+    api_key_value: str | None = None
+
+    @property
+    def state(self) -> str:
+        """For people: whether it was disabled; its end, if it has one, is the server's to watch."""
+        return "enabled" if self.enabled else "disabled"
+
+
 class Reply(msgspec.Struct, rename="camel"):
     """What the provider said, to the letter."""
 
@@ -183,6 +201,11 @@ class _Items(msgspec.Struct, rename="camel"):
 class _Batches(msgspec.Struct, rename="camel"):
     data: list[Batch]
     next_cursor: str | None
+
+
+class _Retried(msgspec.Struct, rename="camel"):
+    retried: int
+    batch: Batch
 
 
 class _Refusal(msgspec.Struct, rename="camel"):
@@ -280,14 +303,38 @@ class Server:
             "GET", path, Batch, params={"includesItems": "false", "includesUsers": "false"}
         )
 
-    def batches(self, *, most: int) -> list[Batch]:
-        """The newest batches."""
+    def batches(self, *, most: int, **only: str | None) -> list[Batch]:
+        """The newest batches of those that fit the filters, which are named as in the API."""
         path = f"/v1/completion-batch/{self._tenant()}"
-        return self._ask("GET", path, _Batches, params={"limit": str(most)}).data
+        wanted = {name: value for name, value in only.items() if value is not None}
+        return self._ask("GET", path, _Batches, params={"limit": str(most)} | wanted).data
 
-    def cancel(self, batch_id: UUID) -> Batch:
-        """Cancel a batch."""
-        return self._post(f"/v1/completion-batch/{self._tenant()}/{batch_id}/cancel", None, Batch)
+    def cancel(self, batch_id: UUID, *, running: str = "finish") -> Batch:
+        """Cancel a batch; calls in flight are let finish, or cut."""
+        path = f"/v1/completion-batch/{self._tenant()}/{batch_id}/cancel"
+        return self._post(path, {"running": running}, Batch)
+
+    def retry(self, batch_id: UUID, which: Mapping[str, object]) -> tuple[int, Batch]:
+        """Have items of a batch tried again; how many, and the batch."""
+        path = f"/v1/completion-batch/{self._tenant()}/{batch_id}/retry"
+        told = self._post(path, which, _Retried)
+        return told.retried, told.batch
+
+    def download(
+        self, batch_id: UUID, params: Mapping[str, str], write: Callable[[bytes], object]
+    ) -> str | None:
+        """Write a batch's results as they come; where to go on when some are still to come."""
+        path = f"/v1/completion-batch/{self._tenant()}/{batch_id}/results"
+        try:
+            with self._http.stream("GET", path, params=dict(params)) as reply:
+                if not reply.is_success:
+                    reply.read()
+                    raise self._refused(reply)
+                for piece in reply.iter_bytes():
+                    write(piece)
+                return reply.headers.get("x-sluice-next")
+        except httpx.TransportError as error:
+            raise self._silent(error) from error
 
     def pause(self, batch_id: UUID) -> Batch:
         """Pause a batch."""
@@ -332,6 +379,35 @@ class Server:
                     return batch
             time.sleep(_LOOK_S)  # a poll of the server, no wait for something of ours
 
+    def keys(self) -> list[Key]:
+        """Every API key of the environment, newest first."""
+        found: list[Key] = []
+        while True:
+            params = {"cursor": str(found[-1].api_key_id)} if found else {}
+            page = self._ask("GET", f"/v1/api-key/{self._tenant()}", list[Key], params=params)
+            found += page
+            if len(page) < _PAGE:
+                return found
+
+    def create_key(self, body: Mapping[str, object]) -> Key:
+        """Make an API key."""
+        return self._post(f"/v1/api-key/{self._tenant()}", body, Key)
+
+    def rotate_key(self, key_id: UUID, *, overlap_s: int) -> Key:
+        """Give an API key a new value."""
+        path = f"/v1/api-key/{self._tenant()}/{key_id}/rotate"
+        return self._post(path, {"overlapSeconds": overlap_s}, Key)
+
+    def change_key(self, key_id: UUID, change: Mapping[str, object]) -> Key:
+        """Change an API key."""
+        path = f"/v1/api-key/{self._tenant()}/{key_id}"
+        headers = {"content-type": "application/json"}
+        return self._ask("PATCH", path, Key, content=msgspec.json.encode(change), headers=headers)
+
+    def delete_key(self, key_id: UUID) -> None:
+        """Delete an API key."""
+        self._ask("DELETE", f"/v1/api-key/{self._tenant()}/{key_id}", type(None))
+
     # How it is asked ------------------------------------------------------------------------------
 
     def _tenant(self) -> str:
@@ -359,19 +435,22 @@ class Server:
                 method, path, content=content, headers=headers, params=params
             )
         except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
-            raise _SilentError(
-                f"The server at {self.url} does not answer ({reason}). Start it with `sluice up`,"
-                " or name another with --server."
-            ) from error
+            raise self._silent(error) from error
         except httpx.InvalidURL:
             raise UsageError(f"--server '{self.url}' is not a URL.") from None
         if not reply.is_success:
             raise self._refused(reply)
         try:
-            return msgspec.json.decode(reply.content, type=into)
+            return msgspec.json.decode(reply.content or b"null", type=into)
         except msgspec.DecodeError:
             raise SluiceError(f"What answers at {self.url} is not Sluice.") from None
+
+    def _silent(self, error: httpx.TransportError) -> SluiceError:
+        reason = str(error) or type(error).__name__
+        return _SilentError(
+            f"The server at {self.url} does not answer ({reason}). Start it with `sluice up`,"
+            " or name another with --server."
+        )
 
     def _refused(self, reply: httpx.Response) -> SluiceError:
         if reply.status_code == _UNAUTHENTICATED:

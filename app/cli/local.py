@@ -21,8 +21,8 @@ from uuid import UUID
 
 import click
 
-from app import batches, capacity, queue, tenants
-from app.batches import TERMINAL, Batch, Ingest, NewBatch, NewItem, Result, RunBatch
+from app import batches, capacity, items, queue, tenants
+from app.batches import TERMINAL, Batch, Ingest, NewBatch, NewItem, RunBatch
 from app.capacity import Amount
 from app.cli import INTERRUPTED, TERMINATED
 from app.cli.answers import Tally, write_answers
@@ -33,6 +33,7 @@ from app.db import CONNECTION_ERRORS, Connection, Database
 from app.doorbell import WORK, Ringer
 from app.errors import InputError, SecretError, UsageError
 from app.inputs import Input, Row, digest
+from app.items import Result
 from app.maintenance import Maintenance
 from app.supervision import Supervisor
 from app.tenants import Resource
@@ -544,7 +545,7 @@ class _Run:
 
     async def _results(self, conn: Connection) -> AsyncGenerator[Result]:
         for batch in self._known:
-            found = batches.results(
+            found = items.results(
                 conn,
                 workspace_id=self._tenant.workspace_id,
                 batch_id=batch.batch_id,

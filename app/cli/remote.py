@@ -14,13 +14,14 @@ from uuid import UUID
 import click
 import msgspec
 
-from app.batches import Result, Status
+from app.batches import Status
 from app.cli import INTERRUPTED
 from app.cli.answers import Tally, write_answers
 from app.cli.client import Item, Server
 from app.cli.progress import Progress, duration
 from app.errors import UsageError
 from app.inputs import Input, digest
+from app.items import Result
 
 _CHAT: Final = "/v1/chat/completions"
 _CHUNK_BYTES: Final = 64 * 1024
@@ -53,8 +54,13 @@ def run_remotely(server: Server, errand: Errand) -> int:
     with server:
         begun = time.monotonic()
         resource = _resource(server, errand)
-        batch_id = server.create_batch(
-            _body(errand, resource), idempotency_key=_key(server, errand, resource)
+        run = _key(server, errand, resource)
+        # The server remembers idempotency keys for a day, and batches for longer.
+        known = server.batches(most=1, metadata=f"run={run}")
+        batch_id = (
+            known[0].batch_id
+            if known
+            else server.create_batch(_body(errand, resource, run), idempotency_key=run)
         )
         click.echo(f"Batch {batch_id}", err=True)
         try:
@@ -118,10 +124,14 @@ def _key(server: Server, errand: Errand, resource: str) -> str:
     return f"run:{run}:{told}{fresh}"
 
 
-def _body(errand: Errand, resource: str) -> Iterator[bytes]:
+def _body(errand: Errand, resource: str, run: str) -> Iterator[bytes]:
     """The creating request, in chunks."""
     name = errand.input.path.name.encode("utf-8", "replace").decode()
-    head: dict[str, object] = {"type": "ASYNC", "name": name[:200], "metadata": {"file": name}}
+    head: dict[str, object] = {
+        "type": "ASYNC",
+        "name": name[:200],
+        "metadata": {"file": name, "run": run},
+    }
     if errand.max_attempts is not None:
         head["maxAttempts"] = errand.max_attempts
     chunk = bytearray(msgspec.json.encode(head)[:-1] + b',"items":[')

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import embedded, migrate, tenants
+from app import api_keys, embedded, migrate, tenants
 from app.db import Database, unavailable
 from app.embedded import Embedded
 from app.errors import SettingsError, SluiceError
@@ -129,18 +129,18 @@ async def bootstrap(db: Database, store: Store) -> Access:
         made = found or await tenants.create_workspace(
             conn, name="default", environment="default", description="made at the first start"
         )
-        known = await tenants.api_key(conn, value=kept) if kept is not None else None
+        known = await api_keys.opened_by(conn, value=kept) if kept is not None else None
         if known is not None:
             return Access(
                 key=kept, workspace_id=known.workspace_id, environment_id=known.environment_id
             )
-        if store.server is None and await tenants.has_api_key(
+        if store.server is None and await api_keys.exist(
             conn, workspace_id=made.workspace_id, environment_id=made.environment_id
         ):
             return Access(
                 key=None, workspace_id=made.workspace_id, environment_id=made.environment_id
             )
-        _, key = await tenants.create_api_key(
+        _, key = await api_keys.create(
             conn,
             workspace_id=made.workspace_id,
             environment_id=made.environment_id,

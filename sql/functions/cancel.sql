@@ -2,11 +2,16 @@
 --
 -- Step one (cancel) closes the flows. From its commit on nothing of the batch is claimed, every count says
 -- cancelled, and every read shows its pending items as cancelled, whatever their rows still say. Calls in
--- flight are let finish: they are paid for, and their answers are kept.
--- Step two (cancel_chunk) lets the rows and the events follow, some thousand at a time.
+-- flight are let finish, since they are paid for, and their answers are kept; or (p_abort) they are to be cut.
+-- Step two (cancel_chunk) lets the rows and the events follow, some thousand at a time, first those of calls to be
+-- cut: their items end as cancelled at once, each call is noted as lost, and workers let go of it when they hear
+-- of it. What such a call still brings is recorded as its attempt and changes nothing else; what it reserved stays
+-- in the ledger, since the call was made.
 --
--- Lock order: flows → batch → ready; in step two items → flows → batch.
-create or replace function cancel(p_workspace_id uuid, p_batch_id uuid) returns work_status
+-- A cancel that is under way may be repeated, and made one that cuts.
+--
+-- Lock order: flows → batch → ready; in step two items → flows → batch → ready.
+create or replace function cancel(p_workspace_id uuid, p_batch_id uuid, p_abort boolean) returns work_status
 language plpgsql volatile
 as $$
 declare
@@ -22,11 +27,17 @@ begin
     from batches b
     where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id
     for no key update;
-    if not found or v_status in ('completed', 'failed', 'cancelled') then
+    if v_status = 'cancelled' and p_abort then
+        update flows f
+        set is_aborted = true
+        where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id and f.is_open;
+    end if;
+    if v_status is null or v_status in ('completed', 'failed', 'cancelled') then
         return v_status;
     end if;
     update flows f
     set is_cancelled = true,
+        is_aborted = p_abort,
         cancelled = f.cancelled + f.pending,
         unmarked = f.pending,
         pending = 0,
@@ -39,8 +50,8 @@ begin
     return 'cancelled';
 end
 $$;
-comment on function cancel(uuid, uuid) is
-    'Cancel a batch; returns its status: null if there is none, else cancelled or how it had ended.';
+comment on function cancel(uuid, uuid, boolean) is
+    'Cancel a batch, and cut its calls if so wanted; returns its status: null if there is none, else cancelled or how it had ended.';
 
 -- Mark up to p_most items of a cancelled batch; returns how many. Zero: all are marked, or the rest is locked.
 create or replace function cancel_chunk(
@@ -59,17 +70,84 @@ declare
     v_now timestamptz := clock_timestamp();
     v_resource_id uuid;
     v_floor int;
+    v_running int;
+    v_cut int;
     v_seqs int[];
+    v_changed settled_item[];
 begin
     -- One flow per call: a second one would be locked after the batch, out of order.
-    select f.resource_id, f.floor into v_resource_id, v_floor
+    select f.resource_id, f.floor, case when f.is_aborted then f.running else 0 end
+    into v_resource_id, v_floor, v_running
     from flows f
     where f.workspace_id = p_workspace_id
         and f.batch_id = p_batch_id
         and f.is_cancelled
-        and f.unmarked > 0
-    order by f.resource_id
+        and (f.unmarked > 0 or f.is_aborted and f.running > 0)
+    order by f.is_aborted and f.running > 0 desc, f.resource_id
     limit 1;
+    if v_running > 0 then
+        -- Found by the small index of all that runs; then locked by number.
+        select array_agg(r.seq) into v_seqs
+        from (
+            select i.seq
+            from items i
+            where i.workspace_id = p_workspace_id
+                and i.batch_day = p_batch_day
+                and i.batch_id = p_batch_id
+                and i.resource_id = v_resource_id
+                and i.status = 'running'
+            order by i.visible_at
+            limit p_most
+        ) r;
+        with held as materialized (
+            select i.*
+            from items i
+            where i.workspace_id = p_workspace_id
+                and i.batch_day = p_batch_day
+                and i.batch_id = p_batch_id
+                and i.seq = any (v_seqs)
+                and i.status = 'running'
+            order by i.seq
+            for no key update skip locked
+        ),
+        noted as (
+            insert into attempts (
+                workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, worker_id,
+                claimed_at, ended_at, error_code, error_message, reserved_limits, reserved_input_tokens,
+                reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
+                expected_output_tokens
+            )
+            select workspace_id, batch_day, batch_id, seq, attempt, 'lost', resource_id, worker_id,
+                claimed_at, v_now, 'aborted', 'its batch was cancelled during the call',
+                reserved_limits, reserved_input_tokens, reserved_output_tokens, 1,
+                reserved_input_tokens, reserved_output_tokens, expected_output_tokens
+            from held
+            on conflict do nothing
+        )
+        select array_agg(row(null::int, h.workspace_id, h.batch_day, h.batch_id, h.resource_id, h.seq,
+            h.attempt, h.status, 'cancelled', 'cancelled', null::timestamptz, h.failures, h.crashes)::settled_item
+            order by h.seq)
+        into v_changed
+        from held h;
+        v_seqs := array(select c.seq from unnest(v_changed) c order by c.seq);
+        v_cut := cardinality(v_seqs);
+        if v_cut = 0 then
+            return 0;
+        end if;
+        perform items_change(p_workspace_id, v_changed, v_now);
+        update flows f
+        set running = f.running - v_cut,
+            cancelled = f.cancelled + v_cut,
+            is_open = f.running > v_cut or f.unmarked > 0
+        where f.workspace_id = p_workspace_id
+            and f.batch_id = p_batch_id
+            and f.resource_id = v_resource_id;
+        perform event_append(
+            p_workspace_id, p_batch_day, p_batch_id, 'item-cancelled', v_seqs, v_now);
+        perform batch_finish(p_workspace_id, p_batch_day, p_batch_id, v_now);
+        perform ready_change(p_workspace_id, v_changed, null, null, v_now);
+        return v_cut;
+    end if;
     -- Unstarted items from the floor on, which rises with them, so that no chunk walks what the last one marked;
     -- then what had returned; last, by number, what either passed by because it was locked.
     select array_agg(d.seq order by d.seq) into v_seqs

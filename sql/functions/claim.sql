@@ -56,8 +56,8 @@ create or replace function claim(
 )
 returns table (
     batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
-    input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean, endpoint text,
-    body text, claimed_at timestamptz, limit_ids uuid[], is_limited boolean, busy boolean, isolated boolean,
+    input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean, timeout_ms int,
+    endpoint text, body text, claimed_at timestamptz, limit_ids uuid[], is_limited boolean, busy boolean, isolated boolean,
     next_at timestamptz, reason wait_reason, waits_for uuid, config_at timestamptz
 )
 language plpgsql volatile
@@ -163,7 +163,7 @@ begin
     get diagnostics v_n = row_count;
     if v_n < 3 then
         return query select null::date, null::uuid, null::int, null::int, null::int, null::int,
-            null::int, null::int, null::int, null::boolean, null::text, null::text, clock_timestamp(),
+            null::int, null::int, null::int, null::boolean, null::int, null::text, null::text, clock_timestamp(),
             null::uuid[], null::boolean, true, false, clock_timestamp(), null::wait_reason, null::uuid,
             v_resource.config_at;
         return;
@@ -543,7 +543,8 @@ begin
         updated as (
             update items i
             set status = 'running',
-                visible_at = v_now + make_interval(secs => v_resource.timeout_ms / 1000.0) + p_grace,
+                visible_at = v_now
+                    + make_interval(secs => coalesce(i.timeout_ms, v_resource.timeout_ms) / 1000.0) + p_grace,
                 attempt = i.attempt + 1,
                 worker_id = p_worker_id,
                 claimed_at = v_now,
@@ -557,7 +558,8 @@ begin
                 and i.batch_id = h.batch_id
                 and i.seq = h.seq
             returning i.batch_day, i.batch_id, i.seq, i.attempt, i.failures, i.max_attempts,
-                h.flow, h.input_tokens, h.output_tokens, h.expected_output_tokens, h.impossible, h.rank
+                h.flow, h.input_tokens, h.output_tokens, h.expected_output_tokens, h.impossible, h.rank,
+                i.timeout_ms
         ),
         -- A first-attempt candidate that was not taken stops its flow's floor.
         floors as (
@@ -575,7 +577,7 @@ begin
         )
         select
             (select array_agg(row(p_workspace_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
-                flow, input_tokens, output_tokens, expected_output_tokens, impossible)::taken_item
+                flow, input_tokens, output_tokens, expected_output_tokens, impossible, timeout_ms)::taken_item
                 order by rank) from updated),
             (select jsonb_object_agg(flow, floor) from floors)
         into v_taken, v_floors;
@@ -771,7 +773,7 @@ begin
 
     return query
     select t.batch_day, t.batch_id, t.seq, t.attempt, t.failures, t.max_attempts, t.input_tokens,
-        t.output_tokens, t.expected_output_tokens, t.impossible,
+        t.output_tokens, t.expected_output_tokens, t.impossible, t.timeout_ms,
         v_endpoints ->> t.batch_id::text, q.body::text, v_now,
         case when t.impossible then '{}' else (v_flows[t.flow]).limit_ids end, v_is_limited, false, false,
         null::timestamptz, null::wait_reason, null::uuid, v_resource.config_at
@@ -781,7 +783,7 @@ begin
         and q.batch_id = t.batch_id
         and q.seq = t.seq;
     return query select null::date, null::uuid, null::int, null::int, null::int, null::int, null::int,
-        null::int, null::int, null::boolean, null::text, null::text, v_now, null::uuid[],
+        null::int, null::int, null::boolean, null::int, null::text, null::text, v_now, null::uuid[],
         v_is_limited, v_busy, v_isolated, nullif(v_next, 'infinity'), v_reason, v_waits_for, v_resource.config_at;
 end
 $$;

@@ -687,6 +687,7 @@ declare
     v_status work_status;
     v_open boolean;
     v_failed bigint;
+    v_cancelled bigint;
 begin
     select b.status into v_status
     from batches b
@@ -695,17 +696,23 @@ begin
     if not found then
         return null;
     end if;
-    select bool_or(f.is_open), sum(f.failed) into v_open, v_failed
+    select bool_or(f.is_open), sum(f.failed), sum(f.cancelled) into v_open, v_failed, v_cancelled
     from flows f
     where f.workspace_id = p_workspace_id and f.batch_id = p_batch_id;
     if v_open then
         return null;
     end if;
     if v_status <> 'cancelled' then
-        v_status := case when v_failed > 0 then 'failed' else 'completed' end;
+        -- Some of a cancelled batch's items were tried again, the others stay as they are.
+        v_status := case
+            when v_failed > 0 then 'failed'
+            when v_cancelled > 0 then 'cancelled'
+            else 'completed'
+        end;
     end if;
     update batches b
-    set status = v_status, completed_at = p_now
+    set status = v_status, completed_at = p_now,
+        cancelled_at = case when v_status = 'cancelled' then coalesce(b.cancelled_at, p_now) end
     where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
     perform event_append(
         p_workspace_id, p_batch_day, p_batch_id, ('batch-' || v_status)::event_kind, null, p_now);

@@ -5,12 +5,13 @@
 insert into batches (
     workspace_id, batch_id, environment_id, batch_day, type, endpoint, name, metadata, capacity,
     callback_options, priority, weight, expires_at, source_ip, total_items, estimated_input_tokens,
-    idempotency_key, request_hash, created_by_api_key_id, created_at
+    idempotency_key, request_hash, created_by_api_key_id, created_by_user_id, timeout_ms, max_attempts, created_at
 )
 values (
     %(workspace_id)s, %(batch_id)s, %(environment_id)s, %(batch_day)s, %(type)s, %(endpoint)s, %(name)s,
     %(metadata)s, %(capacity)s, %(callback_options)s, %(priority)s, %(weight)s, %(expires_at)s, %(source_ip)s,
-    %(total_items)s, %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s, clock()
+    %(total_items)s, %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s,
+    %(created_by_user_id)s, %(timeout_ms)s, %(max_attempts)s, clock()
 );
 
 -- name: flows_insert
@@ -46,7 +47,8 @@ select event_append(
 select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
     b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
     b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
-    b.request_hash, b.created_by_api_key_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    b.request_hash, b.created_by_api_key_id, b.created_by_user_id, b.created_at, b.started_at, b.cancelled_at,
+    b.completed_at, b.timeout_ms, b.max_attempts, f.pending, f.running, f.completed, f.failed,
     f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
 from batches b
 cross join lateral (
@@ -63,11 +65,12 @@ where b.workspace_id = %(workspace_id)s
     and b.batch_id = %(batch_id)s;
 
 -- name: batches_page
--- Batches of an environment, newest first, below a given id.
+-- Batches of an environment that fit all filters, newest first, below a given id.
 select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text as type,
     b.status::text as status, b.endpoint, b.name, b.metadata, b.capacity, b.callback_options, b.priority,
     b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
-    b.request_hash, b.created_by_api_key_id, b.created_at, b.started_at, b.cancelled_at, b.completed_at, f.pending, f.running, f.completed, f.failed,
+    b.request_hash, b.created_by_api_key_id, b.created_by_user_id, b.created_at, b.started_at, b.cancelled_at,
+    b.completed_at, b.timeout_ms, b.max_attempts, f.pending, f.running, f.completed, f.failed,
     f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
 from batches b
 cross join lateral (
@@ -82,17 +85,38 @@ cross join lateral (
 where b.workspace_id = %(workspace_id)s
     and b.environment_id = %(environment_id)s
     and (%(before)s::uuid is null or b.batch_id < %(before)s::uuid)
-    and (%(status)s::work_status is null or b.status = %(status)s::work_status)
+    and (%(statuses)s::work_status[] is null or b.status = any (%(statuses)s::work_status[]))
+    and (%(types)s::batch_type[] is null or b.type = any (%(types)s::batch_type[]))
+    and (%(name)s::text is null or position(lower(%(name)s::text) in lower(b.name)) > 0)
+    and (%(created_from)s::timestamptz is null or b.created_at >= %(created_from)s::timestamptz)
+    and (%(created_before)s::timestamptz is null or b.created_at < %(created_before)s::timestamptz)
+    and (%(api_key_id)s::uuid is null or b.created_by_api_key_id = %(api_key_id)s::uuid)
+    and not exists (
+        select from jsonb_each_text(%(metadata)s::jsonb) w
+        where b.metadata ->> w.key is distinct from w.value
+    )
+    and (%(resource_id)s::uuid is null or exists (
+        select from flows u
+        where u.workspace_id = b.workspace_id
+            and u.batch_id = b.batch_id
+            and u.resource_id = %(resource_id)s::uuid
+    ))
 order by b.batch_id desc
 limit %(most)s;
 
 -- name: batch_by_idempotency_key
--- The batch that a key already created.
-select batch_id, request_hash
+-- The batch that a key already created; old: so long ago that the key may be used anew.
+select batch_id, request_hash, created_at < clock() - make_interval(hours => %(hours)s) as is_old
 from batches
 where workspace_id = %(workspace_id)s
     and environment_id = %(environment_id)s
     and idempotency_key = %(idempotency_key)s;
+
+-- name: idempotency_key_free
+-- Let a key be used anew: the batch it made goes on without it.
+update batches
+set idempotency_key = null
+where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s;
 
 -- name: idempotency_lock
 -- Make a concurrent creation with the same key wait for this transaction.

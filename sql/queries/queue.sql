@@ -12,7 +12,7 @@ limit %(most)s;
 -- name: item_claim
 -- Take items of one resource within its limits. The last row has no seq: it reports.
 select batch_day, batch_id, seq, attempt, failures, max_attempts, input_tokens, output_tokens,
-    expected_output_tokens, impossible, endpoint, body, claimed_at, limit_ids, is_limited, busy, isolated,
+    expected_output_tokens, impossible, timeout_ms, endpoint, body, claimed_at, limit_ids, is_limited, busy, isolated,
     next_at,
     reason::text as reason, waits_for, config_at
 from claim(
@@ -73,11 +73,20 @@ select reclaim(
 
 -- name: batch_cancel
 -- Close a batch's flows; its status afterwards, null when there is no such batch.
-select cancel(%(workspace_id)s, %(batch_id)s) as status;
+select cancel(%(workspace_id)s, %(batch_id)s, %(abort)s) as status;
 
 -- name: batch_cancel_chunk
 -- Mark some rows of a cancelled batch; how many.
 select cancel_chunk(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(most)s) as marked;
+
+-- name: batches_aborted
+-- Which of these batches have calls that are to be cut. Spans tenants: a worker asks for all it holds.
+select distinct batch_id
+from flows
+where (workspace_id, batch_id) in (
+    select * from unnest(%(workspace_ids)s::uuid[], %(batch_ids)s::uuid[])
+)
+    and is_aborted;
 
 -- name: flows_expired
 -- Flows whose deadline has passed while items still wait. Reads the index of deadlines; locks nothing.
@@ -92,10 +101,10 @@ limit %(most)s;
 select expire(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(resource_id)s, %(most)s) as expired;
 
 -- name: batches_unmarked
--- Cancelled batches whose rows do not say so yet. Reads the index of open flows; locks nothing.
+-- Cancelled batches whose rows do not say so yet, or whose calls are to be cut. Reads the index of open flows; locks nothing.
 select distinct workspace_id, batch_day, batch_id
 from flows
-where is_open and is_cancelled and unmarked > 0
+where is_open and is_cancelled and (unmarked > 0 or is_aborted)
 order by workspace_id, batch_id
 limit %(most)s;
 

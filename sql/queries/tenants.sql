@@ -14,79 +14,20 @@ values (%(workspace_id)s, %(environment_id)s, %(name)s, %(description)s);
 -- One environment.
 select workspace_id, environment_id, name
 from environments
-where workspace_id = %(workspace_id)s and environment_id = %(environment_id)s;
+where workspace_id = %(workspace_id)s and environment_id = %(environment_id)s and deleted_at is null;
 
 -- name: environment_named
 -- The environment of the command line: by the names of workspace and environment.
 select e.workspace_id, e.environment_id, e.name
 from environments e
 join workspaces w on w.workspace_id = e.workspace_id
-where w.name = %(workspace)s and e.name = %(environment)s
+where w.name = %(workspace)s and e.name = %(environment)s and e.deleted_at is null
 order by w.created_at
 limit 1;
 
 -- name: setup_lock
 -- One process at a time makes what the command line makes by itself; held to the end of the transaction.
 select pg_advisory_xact_lock(hashtext('sluice.setup'))::text as locked;
-
--- name: api_key_any
--- Whether an environment has a usable key.
-select exists (
-    select from api_keys
-    where workspace_id = %(workspace_id)s
-        and environment_id = %(environment_id)s
-        and enabled
-        and (expires_at is null or expires_at > clock())
-) as found;
-
--- name: api_key_insert
--- A new key; only its hash is kept.
-insert into api_keys (
-    workspace_id, api_key_id, environment_id, name, description, hash, masked_key, enabled, resources, labels,
-    enforce_capacity, capacity, expires_at
-)
-values (
-    %(workspace_id)s, %(api_key_id)s, %(environment_id)s, %(name)s, %(description)s, %(hash)s, %(masked_key)s,
-    %(enabled)s, %(resources)s, %(labels)s, %(enforce_capacity)s, %(capacity)s, %(expires_at)s
-);
-
--- name: api_key_by_hash
--- The usable key with this hash. The one statement that finds the tenant instead of being given it.
-select workspace_id, api_key_id, environment_id, name, resources, masked_key
-from api_keys
-where hash = %(hash)s and enabled and (expires_at is null or expires_at > clock());
-
--- name: api_key_get
--- One key as people see it.
-select workspace_id, api_key_id, environment_id, name, description, masked_key, enabled, resources, labels,
-    enforce_capacity, capacity, expires_at, last_used_at, created_at, updated_at
-from api_keys
-where workspace_id = %(workspace_id)s
-    and environment_id = %(environment_id)s
-    and api_key_id = %(api_key_id)s;
-
--- name: api_key_lock
--- One change of a key at a time; its limits' mutex is held already.
-select 1 as locked
-from api_keys
-where workspace_id = %(workspace_id)s and api_key_id = %(api_key_id)s
-for no key update;
-
--- name: api_key_change
--- What people may change of a key, as it is from now on.
-update api_keys
-set description = %(description)s, enabled = %(enabled)s, resources = %(resources)s, labels = %(labels)s,
-    enforce_capacity = %(enforce_capacity)s, capacity = %(capacity)s, expires_at = %(expires_at)s,
-    updated_at = clock_timestamp()
-where workspace_id = %(workspace_id)s and api_key_id = %(api_key_id)s;
-
--- name: api_key_used
--- Note that a key was used, at most once a minute.
-update api_keys
-set last_used_at = clock()
-where workspace_id = %(workspace_id)s
-    and api_key_id = %(api_key_id)s
-    and (last_used_at is null or last_used_at < clock() - interval '1 minute');
 
 -- name: api_key_allow
 -- Add a resource to keys of the environment; the keys that now have it.
@@ -97,6 +38,7 @@ set resources = case when resources && array['*', %(resource)s::text] then resou
 where workspace_id = %(workspace_id)s
     and environment_id = %(environment_id)s
     and api_key_id = any (%(api_key_ids)s::uuid[])
+    and deleted_at is null
 returning api_key_id;
 
 -- name: connection_insert

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from litestar import Litestar
 
-from app import api, queue, tenants
+from app import api, api_keys, queue, tenants
 from app.api import application
 from app.api.context import Context
 from app.api.streams import Hub
@@ -29,6 +29,7 @@ from app.secrets import Keyring
 from app.settings import Settings
 from app.tenants import Environment
 from tests.conftest import cloned
+from tests.issuer import AUDIENCE, FakeIssuer, fake_issuer
 
 Json = dict[str, Any]
 
@@ -335,7 +336,7 @@ async def service_on(server: Server) -> AsyncGenerator[Service]:
             name="small",
             model="gpt-test",
         )
-        key_id, key = await tenants.create_api_key(
+        key_id, key = await api_keys.create(
             conn, workspace_id=workspace_id, environment_id=environment_id, name="all"
         )
     headers = {"authorization": f"Bearer {key}"}
@@ -366,10 +367,18 @@ def shared_api_database(cluster: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="package")
-async def shared_server(shared_api_database: str) -> AsyncIterator[Server]:
+def issuer() -> Iterator[FakeIssuer]:
+    """Who signs the tokens of users for the shared server."""
+    with fake_issuer() as made:
+        yield made
+
+
+@pytest.fixture(scope="package")
+async def shared_server(shared_api_database: str, issuer: FakeIssuer) -> AsyncIterator[Server]:
+    known = Settings(port=0, oidc_issuer=issuer.url, oidc_audience=AUDIENCE)
     async with (
         Database(shared_api_database, size=6) as db,
-        server_on(db, Settings(port=0)) as server,
+        server_on(db, known) as server,
     ):
         yield server
 

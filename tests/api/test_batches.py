@@ -7,6 +7,7 @@ import pytest
 
 from app import batches, queue
 from app.ids import item_id, uuid7
+from app.queue import Outcome
 from tests.api.conftest import Json, Service
 
 
@@ -29,10 +30,11 @@ async def test_a_poll_shows_progress_and_items_in_order(service: Service) -> Non
     assert batch["totalOutputTokens"] == batch["totalCompletionTokens"] == 3
     assert batch["startedAt"]
     answered, failed, again, waiting = batch["items"]
-    assert answered["response"] == {
-        "data": {"id": "chatcmpl-1", "choices": [{"message": {"content": "ok"}}]},
-        "headers": {"x-request-id": "req_1"},
+    assert answered["response"]["data"] == {
+        "id": "chatcmpl-1",
+        "choices": [{"message": {"content": "ok"}}],
     }
+    assert answered["response"]["headers"]["x-request-id"] == "req_1"
     assert answered["status"] == "COMPLETED"
     assert answered["outputTokens"] == answered["completionTokens"] == 3
     assert (answered["promptTokens"], answered["totalTokens"]) == (7, 10)
@@ -40,7 +42,9 @@ async def test_a_poll_shows_progress_and_items_in_order(service: Service) -> Non
     assert answered["startedAt"]
     assert (failed["status"], failed["errorCode"]) == ("FAILED", "bad_request")
     assert failed["errorMessage"] == "the provider said no"
-    assert failed["errorDetails"] == {"statusCode": 400}
+    assert failed["errorDetails"] == {
+        "statusCode": 400, "type": None, "code": None, "param": None, "retryable": False,
+    }  # fmt: skip
     assert failed["response"] is None
     assert (again["status"], again["attempts"], again["retryCount"]) == ("PENDING", 1, 1)
     assert again["nextAttemptAt"]
@@ -150,7 +154,7 @@ async def test_a_batch_shows_its_first_thousand_items_and_a_cursor(service: Serv
 async def test_a_page_of_large_items_ends_early(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.api.streams._MOST_BYTES", 20_000)
+    monkeypatch.setattr("app.api.pages.MOST_BYTES", 20_000)
     batch = await service.create(*(["x" * 1500] * 40))
     assert batch["itemsNextCursor"] == str(len(batch["items"]))
     found = await pages(service, f"{service.batches}/{batch['batchId']}/items")
@@ -220,14 +224,20 @@ async def test_a_call_in_flight_when_cancelled_is_let_finish(service: Service) -
     assert [i["status"] for i in read["items"]] == ["COMPLETED", "CANCELLED"]
 
 
-async def test_cancelling_twice_is_harmless(service: Service) -> None:
-    batch = await service.create()
+async def test_a_cancel_under_way_may_be_repeated_and_an_ended_batch_is_refused(
+    service: Service,
+) -> None:
+    batch = await service.create("a", "b")
+    taken = await service.claim(1)
     path = f"{service.batches}/{batch['batchId']}/cancel"
-    first = await service.http.post(path)
-    await chores(service)
+    for _ in range(2):
+        answer = await service.http.post(path)
+        assert (answer.status_code, answer.json()["status"]) == (200, "CANCELLED")
+        await chores(service)
+    await service.settle(taken)
     again = await service.http.post(path)
-    assert (first.status_code, again.status_code) == (200, 200)
-    assert again.json()["status"] == "CANCELLED"
+    assert (again.status_code, again.json()["errorCode"]) == (409, "BATCH_ALREADY_ENDED")
+    assert again.json()["details"] == {"status": "CANCELLED"}
 
 
 async def test_a_batch_that_ended_cannot_be_cancelled(service: Service) -> None:
@@ -254,3 +264,137 @@ async def test_marking_a_large_cancelled_batch_takes_several_steps(
     await service.http.post(f"{service.batches}/{batch['batchId']}/cancel")
     await chores(service)
     assert steps == [4, 4, 2, 0]
+
+
+async def test_a_cancel_may_cut_the_calls_in_flight(service: Service) -> None:
+    batch = await service.create("a", "b", "c")
+    taken = await service.claim(2)
+    path = f"{service.batches}/{batch['batchId']}"
+    for garbage in ({"params": {"running": "stop"}}, {"json": {"running": 1}}, {"content": b"[]"}):
+        assert (await service.http.post(f"{path}/cancel", **garbage)).status_code == 400  # pyright: ignore[reportArgumentType]
+    answer = await service.http.post(f"{path}/cancel", json={"running": "abort"})
+    cancelled = answer.json()
+    assert (cancelled["status"], cancelled["running"], cancelled["cancelled"]) == (
+        "CANCELLED", 0, 3,
+    )  # fmt: skip
+    await chores(service)
+    await service.settle(taken)  # the worker had not heard of it
+    read = await service.get(path)
+    assert (read["completed"], read["cancelled"], read["totalOutputTokens"]) == (0, 3, 0)
+    assert {i["status"] for i in read["items"]} == {"CANCELLED"}
+    assert read["items"][0]["response"] is None
+    calls = await service.get(f"{path}/{read['items'][0]['itemId']}/attempts")
+    assert [(c["outcome"], c["outputTokens"]) for c in calls["data"]] == [("ANSWERED", 3)]
+    async with service.follow(batch) as stream:
+        actions = [action for _, action, _ in await stream.rest()]
+    assert sorted(actions[2:]) == [
+        "batch-cancelled",
+        *["item-cancelled"] * 3,
+        *["item-running"] * 2,
+    ]
+    assert actions[-1] == "batch-cancelled"
+
+
+async def test_a_cancel_that_lets_calls_finish_may_become_one_that_cuts(service: Service) -> None:
+    batch = await service.create("a", "b")
+    await service.claim(1)
+    path = f"{service.batches}/{batch['batchId']}/cancel"
+    assert (await service.http.post(path, params={"running": "finish"})).json()["running"] == 1
+    assert (await service.http.post(path, params={"running": "ABORT"})).json()["running"] == 0
+    await chores(service)
+    read = await service.get(path.removesuffix("/cancel"))
+    assert (read["cancelled"], read["completedAt"] is not None) == (2, True)
+
+
+# Filters ------------------------------------------------------------------------------------------
+
+
+async def test_batches_are_found_by_what_they_are(service: Service) -> None:
+    first = await service.create(name="Nightly Run", metadata={"team": "search", "n": 1})
+    second = await service.create(name="other", metadata={"team": "ads"})
+    await service.work()
+    third = await service.create()
+
+    async def found(**params: Any) -> list[int]:  # noqa: ANN401 - whatever the query takes
+        answer = await service.http.get(service.batches, params=params)
+        assert answer.status_code == 200, answer.text
+        names = {b["batchId"]: n for n, b in enumerate((first, second, third))}
+        return [names[batch["batchId"]] for batch in answer.json()["data"]]
+
+    assert await found() == [2, 1, 0]
+    assert await found(status="completed") == [1, 0]
+    assert await found(status="COMPLETED,PENDING") == [2, 1, 0]
+    assert await found(type="async") == [2, 1, 0]
+    assert await found(type="SYNC,CALLBACK") == []
+    assert await found(name="nightly") == [0]
+    assert await found(name="%") == []
+    assert await found(metadata="team=search") == [0]
+    assert await found(metadata=["team=search", "n=1"]) == [0]
+    assert await found(metadata=["team=search", "n=2"]) == []
+    assert await found(createdAfter=second["createdAt"]) == [2, 1]
+    assert await found(createdBefore=second["createdAt"]) == [0]
+    assert await found(resource="small") == [2, 1, 0]
+    assert await found(resource=str(service.resource_id)) == [2, 1, 0]
+    assert await found(resource=str(uuid7())) == []
+    assert await found(apiKeyId=str(service.key_id)) == [2, 1, 0]
+    assert await found(apiKeyId=str(uuid7())) == []
+    for garbage in (
+        "type=LATER", "status=", "name=", "createdAfter=now", "createdBefore=2030-01-01",
+        "resource=large", "apiKeyId=x", "metadata=team", "metadata==x",
+    ):  # fmt: skip
+        answer = await service.http.get(f"{service.batches}?{garbage}")
+        name = garbage.split("=")[0]
+        assert answer.status_code == 400, garbage
+        assert answer.json()["details"]["errors"][0]["path"] == name
+
+
+async def test_items_are_listed_backwards_and_by_error(service: Service) -> None:
+    batch = await service.create(*(["x"] * 7))
+    await service.fail(await service.claim(2))
+    await service.settle(await service.claim(1), Outcome.rejected, error="context_length")
+    path = f"{service.batches}/{batch['batchId']}/items"
+    back = await pages(service, path, order="desc", limit="3")
+    assert [[item["index"] for item in page] for page in back] == [[6, 5, 4], [3, 2, 1], [0]]
+    failed = await pages(service, path, errorCode="bad_request", order="desc")
+    assert [item["index"] for item in failed[0]] == [1, 0]
+    both = await pages(service, path, errorCode="bad_request,context_length", limit="2")
+    assert [item["index"] for page in both for item in page] == [0, 1, 2]
+    some = await pages(service, path, status="FAILED,PENDING", limit="4")
+    assert [item["index"] for page in some for item in page] == list(range(7))
+    for garbage in ("order=up", "errorCode=", "status=x", "responseFormat=xml"):
+        assert (await service.http.get(f"{path}?{garbage}")).status_code == 400
+
+
+async def test_a_response_may_be_shown_as_the_provider_gave_it(service: Service) -> None:
+    batch = await service.create("a")
+    await service.work()
+    bare = {"id": "chatcmpl-1", "choices": [{"message": {"content": "ok"}}]}
+    path = f"{service.batches}/{batch['batchId']}"
+    item_path = f"{path}/{batch['items'][0]['itemId']}"
+    assert (await service.get(item_path, responseFormat="openai"))["response"] == bare
+    assert (await service.get(path, responseFormat="openai"))["items"][0]["response"] == bare
+    page = await service.get(f"{path}/items", responseFormat="openai")
+    assert page["data"][0]["response"] == bare
+
+
+async def test_every_call_of_an_item_is_shown(service: Service) -> None:
+    batch = await service.create("a")
+    path = f"{service.batches}/{batch['batchId']}/{batch['items'][0]['itemId']}"
+    assert (await service.get(f"{path}/attempts"))["data"] == []
+    await service.retry(await service.claim())
+    taken = await service.claim()
+    running = (await service.get(f"{path}/attempts"))["data"]
+    assert [c["outcome"] for c in running] == ["UNREACHABLE", "RUNNING"]
+    await service.settle(taken)
+    calls = (await service.get(f"{path}/attempts"))["data"]
+    assert [(c["attempt"], c["outcome"], c["errorCode"]) for c in calls] == [
+        (1, "UNREACHABLE", "server_error"),
+        (2, "ANSWERED", None),
+    ]
+    last = calls[-1]
+    assert (last["resource"], last["model"], last["durationMs"]) == ("small", "gpt-test", 5)
+    assert (last["promptTokens"], last["outputTokens"]) == (7, 3)
+    assert last["claimedAt"] <= last["completedAt"]
+    item = await service.get(path, includesAttempts="true")
+    assert (item["calls"], item["attempts"], item["retryCount"]) == (calls, 2, 1)
+    assert "calls" not in await service.get(path)

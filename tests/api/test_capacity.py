@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 
-from app import capacity, queue, tenants
+from app import api_keys, capacity, queue, tenants
 from app.capacity import Amount
 from app.ids import uuid7
 from app.settings import Settings
@@ -175,7 +175,7 @@ async def test_dimensions_count_every_value_apart(service: Service) -> None:
     assert by["source-ip", "127.0.0.1"]["requests"]["reserved"] == 2
     assert all(v["scope"]["id"] is None for v in told)
     async with service.db.transaction() as conn:
-        _, confined = await tenants.create_api_key(
+        _, confined = await api_keys.create(
             conn,
             workspace_id=service.environment.workspace_id,
             environment_id=service.environment.environment_id,
@@ -262,7 +262,7 @@ async def test_other_tenants_are_not_counted(service: Service) -> None:
     """The same ids under another tenant's key open nothing; see test_auth for every route."""
     async with service.db.transaction() as conn:
         other = await tenants.create_workspace(conn, name="other", environment="test")
-        _, key = await tenants.create_api_key(
+        _, key = await api_keys.create(
             conn,
             workspace_id=other.workspace_id,
             environment_id=other.environment_id,
@@ -378,7 +378,7 @@ async def test_a_limit_of_its_own_holds_up_only_the_batch(lone_service: Service)
     resource = (await service.get(path))["waitingFor"]
     assert (resource["reason"], resource["limit"]) == ("CAPACITY", told["limit"])
     async with service.db.transaction() as conn:
-        _, confined = await tenants.create_api_key(
+        _, confined = await api_keys.create(
             conn,
             workspace_id=service.environment.workspace_id,
             environment_id=service.environment.environment_id,

@@ -12,162 +12,23 @@ import pytest
 from app.batches import NewItem
 from app.settings import Settings
 from tests.api.conftest import Json, Service
-
-# The reference's documentation, to the letter but for host and ids. Its sleep is cut short from
-# outside, because tests do not wait.
-SYNC_EXAMPLE = """
-import requests
-import json
-
-workspace_id = "6c41dc1b-910c-4358-beef-2c609d38db31"
-environment_id = "6c1957ca-77ca-49b3-8fa1-0590281b8b44"
-
-# Create batch with SYNC type
-response = requests.post(
-    f"http://localhost:3000/v1/completion-batch/{workspace_id}/{environment_id}",
-    headers={
-        "Authorization": "Bearer your-vmx-api-key",
-        "Content-Type": "application/json",
-    },
-    json={
-        "type": "SYNC",
-        "items": [
-            {
-                "resourceId": "your-resource-id",
-                "request": {
-                    "messages": [
-                        {"role": "user", "content": "Summarize this document: ..."}
-                    ]
-                }
-            },
-            {
-                "resourceId": "your-resource-id",
-                "request": {
-                    "messages": [
-                        {"role": "user", "content": "Extract key points from: ..."}
-                    ]
-                }
-            }
-        ]
-    },
-    stream=True # Enable streaming for SSE
-)
-
-# Process SSE events
-for line in response.iter_lines():
-    if line:
-        data = line.decode('utf-8')
-        if data.startswith('data: '):
-            event_data = json.loads(data[6:])
-            if event_data.get('action') == 'item-completed':
-                print(f"Item completed: {event_data['payload']['itemId']}")
-            elif event_data.get('action') == 'batch-completed':
-                print("Batch completed!")
-                break
-"""
-
-ASYNC_EXAMPLE = """
-import requests
-import time
-
-workspace_id = "6c41dc1b-910c-4358-beef-2c609d38db31"
-environment_id = "6c1957ca-77ca-49b3-8fa1-0590281b8b44"
-
-# Create batch
-response = requests.post(
-    f"http://localhost:3000/v1/completion-batch/{workspace_id}/{environment_id}",
-    headers={
-        "Authorization": "Bearer your-vmx-api-key",
-        "Content-Type": "application/json",
-    },
-    json={
-        "type": "ASYNC",
-        "items": [
-            {
-                "resourceId": "your-resource-id",
-                "request": {
-                    "messages": [
-                        {"role": "user", "content": "Process document..."}
-                    ]
-                }
-            }
-        ]
-    }
-)
-
-batch = response.json()
-batch_id = batch["batchId"]
-
-# Poll for status
-while True:
-    status_response = requests.get(
-        f"http://localhost:3000/v1/completion-batch/{workspace_id}/{environment_id}/{batch_id}",
-        headers={"Authorization": "Bearer your-vmx-api-key"}
-    )
-    batch_status = status_response.json()
-
-    print(f"Progress: {batch_status['completedPercentage']}%")
-
-    if batch_status["status"] in ["COMPLETED", "FAILED"]:
-        break
-
-    time.sleep(5) # Poll every 5 seconds
-"""
-
-CALLBACK_EXAMPLE = """
-import requests
-
-workspace_id = "6c41dc1b-910c-4358-beef-2c609d38db31"
-environment_id = "6c1957ca-77ca-49b3-8fa1-0590281b8b44"
-
-# Create batch with callback
-response = requests.post(
-    f"http://localhost:3000/v1/completion-batch/{workspace_id}/{environment_id}",
-    headers={
-        "Authorization": "Bearer your-vmx-api-key",
-        "Content-Type": "application/json",
-    },
-    json={
-        "type": "CALLBACK",
-        "callbackOptions": {
-            "url": "https://your-app.com/batch-callback",
-            "headers": {
-                "X-API-Key": "your-secret-key"
-            },
-            "events": ["item_update", "batch_update"]
-        },
-        "items": [
-            {
-                "resourceId": "your-resource-id",
-                "request": {
-                    "messages": [
-                        {"role": "user", "content": "Process document..."}
-                    ]
-                }
-            }
-        ]
-    }
-)
-
-batch = response.json()
-print(f"Batch created: {batch['batchId']}")
-"""
+from tests.examples import ASYNC_EXAMPLE, CALLBACK_EXAMPLE, SYNC_EXAMPLE, directed
 
 
 async def run_example(service: Service, example: str) -> tuple[int, list[str], str]:
     """Run a documented client while a worker works; its exit code, output and errors."""
-    for there, here in (
-        ("http://localhost:3000", service.url),
-        ("6c41dc1b-910c-4358-beef-2c609d38db31", str(service.environment.workspace_id)),
-        ("6c1957ca-77ca-49b3-8fa1-0590281b8b44", str(service.environment.environment_id)),
-        ("your-vmx-api-key", service.key),
-        ("your-resource-id", str(service.resource_id)),
-    ):
-        example = example.replace(there, here)
+    example = directed(
+        example,
+        url=service.url,
+        workspace_id=str(service.environment.workspace_id),
+        environment_id=str(service.environment.environment_id),
+        key=service.key,
+        resource_id=str(service.resource_id),
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "import time; time.sleep = lambda s: None\n" + example,
+        example,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -265,8 +126,11 @@ async def test_a_created_batch_has_every_documented_field(service: Service) -> N
     } - first.keys()  # fmt: skip
 
 
+MINIMAL: Json = {"messages": [{"role": "user"}]}
+
+
 async def test_resources_can_be_named(service: Service) -> None:
-    body: Json = {"type": "ASYNC", "items": [{"resource": "small", "request": {"messages": []}}]}
+    body: Json = {"type": "ASYNC", "items": [{"resource": "small", "request": MINIMAL}]}
     answer = await service.http.post(service.batches, json=body)
     assert answer.status_code == 201
     assert answer.json()["items"][0]["resourceId"] == str(service.resource_id)
@@ -276,7 +140,7 @@ async def test_problems_of_items_are_named_by_their_paths(service: Service) -> N
     good = service.item()
     items: list[object] = [
         good,
-        {"request": {"messages": []}},
+        {"request": MINIMAL},
         {"resourceId": "x", "request": {}},
         {"resourceId": str(service.resource_id)},
         good | {"customId": 4},
@@ -365,8 +229,8 @@ async def test_at_most_a_hundred_problems_are_told(service: Service) -> None:
 
 async def test_unknown_resources_are_all_named_once(service: Service) -> None:
     other = "00000000-0000-4000-8000-000000000000"
-    items = [service.item(), {"resourceId": other, "request": {"a": 1}}] * 2
-    items += [{"resource": "large", "request": {"a": 1}}, {"resource": "a\0", "request": {"a": 1}}]
+    items = [service.item(), {"resourceId": other, "request": MINIMAL}] * 2
+    items += [{"resource": name, "request": MINIMAL} for name in ("large", "a\0")]
     told = await refused(service, {"type": "ASYNC", "items": items}, 404)
     assert told["errorCode"] == "AI_RESOURCE_NOT_FOUND"
     assert told["details"]["resources"] == [other, "large", "a\0"]
@@ -583,3 +447,88 @@ async def test_a_failing_ingest_rolls_everything_back(
     assert told["errorCode"] == "INTERNAL_SERVER_ERROR"
     assert "secret" not in json.dumps(told)
     assert "request id" in told["errorMessage"]
+
+
+# What a request says to us ------------------------------------------------------------------------
+
+
+async def test_a_request_is_checked_as_far_as_any_provider_would(service: Service) -> None:
+    good: Json = {"messages": [{"role": "user", "content": "x"}]}
+    wrong: list[tuple[Json, str]] = [
+        ({"model": "m"}, "request"),
+        ({"messages": []}, "request.messages"),
+        ({"messages": "hello"}, "request.messages"),
+        ({"messages": [{"content": "x"}]}, "request.messages[0]"),
+        ({"messages": [{"role": 1}]}, "request.messages[0].role"),
+        (good | {"vmx": {"timeoutMs": 99}}, "request.vmx.timeoutMs"),
+        (good | {"vmx": {"timeoutMs": 600_001}}, "request.vmx.timeoutMs"),
+        (good | {"vmx": {"correlationId": ""}}, "request.vmx.correlationId"),
+        (good | {"vmx": {"correlationId": "a\0"}}, "request.vmx"),
+        (good | {"vmx": {"metadata": {"a": 1}}}, "request.vmx.metadata[...]"),
+        (good | {"vmx": {"providerArgs": []}}, "request.vmx.providerArgs"),
+        (good | {"vmx": {"secondaryModelIndex": 0}}, "request.vmx.secondaryModelIndex"),
+        (good | {"vmx": {"resourceConfigOverrides": {"x": 1}}}, "request.vmx.resourceConfigOverrides"),
+    ]  # fmt: skip
+    items = [service.item() | {"request": request} for request, _ in wrong]
+    told = await refused(service, {"type": "ASYNC", "items": items, "timeoutMs": 99})
+    assert paths(told) == [
+        "timeoutMs",
+        *(f"items[{n}].{path}" for n, (_, path) in enumerate(wrong)),
+    ]
+    assert await service.added() == (0, 0)
+
+
+async def test_time_limits_of_batch_and_item_reach_the_claim(service: Service) -> None:
+    own: Json = {"messages": [{"role": "user", "content": "x"}], "vmx": {"timeoutMs": 600_000}}
+    batch = await service.create("a", timeoutMs=2000, maxAttempts=2)
+    assert (batch["timeoutMs"], batch["maxAttempts"]) == (2000, 2)
+    body = {"type": "ASYNC", "timeoutMs": 2000, "items": [service.item() | {"request": own}]}
+    assert (await service.http.post(service.batches, json=body)).status_code == 201
+    await service.create("no limit of its own")
+    assert [item.timeout_ms for item in await service.claim()] == [2000, 600_000, None]
+    async with service.db.connection() as conn:
+        cursor = await conn.execute(
+            "select extract(epoch from visible_at - claimed_at)::int from items"
+            " where workspace_id = %s and status = 'running' order by batch_id",
+            (service.environment.workspace_id,),
+        )
+        assert [row[0] for row in await cursor.fetchall()] == [62, 660, 61]
+
+
+async def test_an_item_says_what_it_is_asked_for_by(service: Service) -> None:
+    own: Json = {
+        "messages": [{"role": "user", "content": "x"}],
+        "vmx": {"correlationId": "order-7", "metadata": {"team": "a"}},
+    }
+    items = [service.item(), service.item() | {"request": own}]
+    made = await service.http.post(service.batches, json={"type": "ASYNC", "items": items})
+    first, second = made.json()["items"]
+    assert first["correlationId"] == made.json()["batchId"]
+    assert (second["correlationId"], second["request"]) == ("order-7", own)
+    await service.work()
+    item = await service.get(f"{service.batches}/{second['batchId']}/{second['itemId']}")
+    assert item["response"]["headers"] == {
+        "x-request-id": "req_1",
+        "x-vmx-correlation-id": "order-7",
+        "x-vmx-model": "gpt-test",
+        "x-vmx-provider": "openai-compatible",
+        "x-vmx-connection-id": str(service.connection_id),
+    }
+    assert (item["provider"], item["connectionId"]) == (
+        "openai-compatible",
+        str(service.connection_id),
+    )
+
+
+async def test_an_idempotency_key_may_be_used_anew_after_a_day(service: Service) -> None:
+    first = await service.create("a", idempotencyKey="daily")
+    assert (await service.create("a", idempotencyKey="daily"))["batchId"] == first["batchId"]
+    async with service.db.connection() as conn:
+        await conn.execute(
+            "update batches set created_at = created_at - interval '25 hours' where batch_id = %s",
+            (first["batchId"],),
+        )
+    second = await service.create("b", idempotencyKey="daily")
+    assert second["batchId"] != first["batchId"]
+    old = await service.get(f"{service.batches}/{first['batchId']}")
+    assert (old["idempotencyKey"], second["idempotencyKey"]) == (None, "daily")

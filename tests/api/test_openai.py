@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 from openai.types import Batch
 
-from app import submissions, tenants
+from app import api_keys, submissions, tenants
 from app.ids import uuid7
 from app.queue import Outcome
 from tests.api.conftest import Json, Service
@@ -391,7 +391,7 @@ async def test_a_model_is_a_resource_by_name_by_model_or_by_what_a_connection_al
 
 async def test_a_confined_key_uses_only_its_resources(service: Service) -> None:
     async with service.db.transaction() as conn:
-        _, value = await tenants.create_api_key(
+        _, value = await api_keys.create(
             conn,
             workspace_id=service.environment.workspace_id,
             environment_id=service.environment.environment_id,

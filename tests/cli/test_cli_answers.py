@@ -2,9 +2,10 @@
 
 import pytest
 
-from app.batches import Result
-from app.cli.answers import answer_text, reason
+from app.cli.answers import reason
 from app.cli.progress import Progress, Snapshot, duration
+from app.items import Result
+from app.replies import answer_text
 
 CHAT = "/v1/chat/completions"
 

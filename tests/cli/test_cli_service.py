@@ -141,6 +141,59 @@ def test_server_answers_a_file_and_its_batches_can_be_seen(
     assert "already ended" in refused.stderr
 
 
+def test_failed_items_are_tried_again_and_results_downloaded(
+    cli: Cli, up: Up, provider: Provider
+) -> None:
+    provider.change(error_rate=1.0)
+    cli.questions(["first", "second"], "failing.csv")
+    command = ["run", "failing.csv", "--prompt", "{text}", "--base-url", provider.url]
+    command += ["--model", "again", "--max-attempts", "1", "--output", "o.csv", *up.at]
+    ended = cli.run(*command)
+    assert ended.exit_code == 1, ended.output
+    found = re.search(r"Batch (\S+)", ended.stderr)
+    assert found is not None
+    batch = found[1]
+    assert batch in cli.run("batches", "list", "--status", "failed", *up.at).stdout
+    assert batch in cli.run("batches", "list", "--name", "failing", *up.at).stdout
+    listed = cli.run("batches", "list", "--metadata", "file=none", *up.at)
+    assert "no such batches" in listed.stdout
+    provider.change(error_rate=0.0)
+    nothing = cli.run("batches", "retry", batch, "--error", "rejected", *up.at)
+    assert "nothing to try again" in nothing.stdout
+    again = cli.run("batches", "retry", batch, "--index", "1", *up.at)
+    assert "1 item is tried again" in again.stdout
+    assert cli.run("batches", "watch", batch, *up.at).exit_code == 1
+    told = cli.run("batches", "results", batch, *up.at)
+    assert told.exit_code == 0, told.output
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [line["status"] for line in lines] == ["FAILED", "COMPLETED"]
+    options = ["--format", "csv", "--status", "completed", "--output", "r.csv"]
+    assert cli.run("batches", "results", batch, *options, *up.at).exit_code == 0
+    rows = cli.rows("r.csv")
+    assert [(row["index"], row["answer"][:11]) for row in rows] == [("1", "[simulated]")]
+    refused = cli.run("batches", "retry", batch, "--index", "7", *up.at)
+    assert refused.exit_code == 1
+    assert "indexes[0]: is no item of this batch" in refused.stderr
+
+
+def test_results_of_a_running_batch_say_where_to_go_on(
+    cli: Cli, up: Up, provider: Provider
+) -> None:
+    provider.change(latency_ms=60_000.0)
+    cli.questions(["one"])
+    command = ["run", "q.csv", "--prompt", "wait {text}", "--base-url", provider.url]
+    process = cli.start(*command, "--model", "m", *up.at)
+    until(lambda: provider.report()["in_flight"] == 1, what="it is asked", by=process)
+    found = re.search(r"sluice batches cancel (\S+)", end(process, signal.SIGINT))
+    assert found is not None
+    told = cli.run("batches", "results", found[1], *up.at)
+    assert (told.exit_code, told.stdout) == (0, "")
+    assert "Go on later with --after -1" in told.stderr
+    cut = cli.run("batches", "cancel", found[1], "--abort", *up.at)
+    assert "cancelled   1" in cut.stdout
+    until(lambda: provider.report()["in_flight"] == 0, what="the call is cut")
+
+
 def test_detaching_leaves_the_server_at_work(cli: Cli, up: Up, provider: Provider) -> None:
     provider.change(latency_ms=60_000.0)
     cli.questions(["one"])
@@ -202,6 +255,56 @@ def test_a_batch_is_steered_and_says_what_it_waits_for(cli: Cli, up: Up) -> None
     ended = cli.run("batches", "pause", batch_id, *up.at)
     assert ended.exit_code == 1
     assert "has already ended: CANCELLED" in ended.stderr
+
+
+def test_keys_are_made_rotated_disabled_and_deleted(cli: Cli, up: Up) -> None:
+    command = ["keys", "create", "reader", "--permission", "*:get", "--permission", "*:list"]
+    made = cli.run(*command, "--expires", "2999-01-01T00:00:00Z", *up.at)
+    assert made.exit_code == 0, made.output
+    value = made.stdout.strip()
+    key_id = re.search(r"API key (\S+)", made.stderr)
+    assert key_id is not None
+    assert whoami({"url": up.told["url"], "key": value})["permissions"] == ["*:get", "*:list"]
+    refused = cli.run("keys", "delete", key_id[1], "--server", up.told["url"], "--key", value)
+    assert refused.exit_code == 1
+    assert "You are not authorized to perform 'api-key:delete'" in refused.stderr
+    rotated = cli.run("keys", "rotate", key_id[1], "--overlap", "60", *up.at)
+    assert rotated.stdout.strip() not in ("", value)
+    for each in (value, rotated.stdout.strip()):
+        assert whoami({"url": up.told["url"], "key": each})["apiKeyId"] == key_id[1]
+    assert "disabled" in cli.run("keys", "disable", key_id[1], *up.at).stdout
+    listed = cli.run("keys", "list", *up.at).stdout
+    assert re.search(rf"{key_id[1]} .* disabled .* \*:get,\*:list +reader", listed)
+    assert value not in listed
+    assert cli.run("keys", "delete", key_id[1], *up.at).exit_code == 0
+    assert key_id[1] not in cli.run("keys", "list", *up.at).stdout
+    gone = cli.run("keys", "delete", key_id[1], *up.at)
+    assert (gone.exit_code, "not found" in gone.stderr) == (1, True)
+
+
+def test_the_operator_makes_tenants_with_keys_and_owners(cli: Cli, up: Up) -> None:
+    """In the database of the service, which serves them at once."""
+    env = up.cli.env | {
+        "SLUICE_OIDC_ISSUER": "https://id.example",
+        "SLUICE_OIDC_AUDIENCE": "sluice",
+    }
+    made = cli.run("workspaces", "create", "acme", "--owner", "alice", env=env)
+    assert made.exit_code == 0, made.output
+    told = dict(line.rsplit(maxsplit=1) for line in made.stdout.splitlines())
+    me = whoami({"url": up.told["url"], "key": told["API key"]})
+    assert (me["workspaceId"], me["environmentId"]) == (told["workspace"], told["environment"])
+    listed = cli.run("workspaces", "list", env=env).stdout
+    assert re.search(rf"{told['workspace']}  {told['environment']} +1 +1  acme / default", listed)
+    another = cli.run("workspaces", "key", told["workspace"], told["environment"], env=env)
+    assert whoami({"url": up.told["url"], "key": another.stdout.strip()})["name"] == "operator"
+    wrong = cli.run("workspaces", "key", told["workspace"], told["workspace"], env=env)
+    assert (wrong.exit_code, "not found" in wrong.stderr) == (1, True)
+    for role in ("read-only", "owner"):
+        admitted = cli.run("workspaces", "admit", told["workspace"], "bob", "--role", role, env=env)
+        assert admitted.stdout.endswith(f"{role}\n"), admitted.output
+    assert re.search(r" 2  acme / default", cli.run("workspaces", "list", env=env).stdout)
+    without = cli.run("workspaces", "create", "w", "--owner", "alice", env=up.cli.env)
+    assert (without.exit_code, "SLUICE_OIDC_ISSUER" in without.stderr) == (2, True)
 
 
 def test_wrong_key_and_silent_server_are_told(cli: Cli, up: Up) -> None:

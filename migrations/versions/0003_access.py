@@ -1,4 +1,4 @@
-"""quotas
+"""access
 
 Generated; the revision is the .sql file beside it.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alembic import op
 
-revision = "0006"
+revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
