@@ -31,6 +31,10 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "completion-batch:update": "steer, pause and resume batches",
         "completion-batch:cancel": "cancel batches",
         "completion-batch:retry": "try items of batches again",
+        "file:create": "upload files",
+        "file:get": "read files",
+        "file:list": "list files",
+        "file:delete": "delete files",
         "request-usage:get": "read use and error rates",
         "request-audit:list": "list calls, with what was asked and answered",
         "ai-connection:create": "create connections",
@@ -96,6 +100,7 @@ ALONE: Final = frozenset(
 #: What a new key may do when its maker is a member: the work of an environment, not its keys.
 MEMBERS_KEY: Final = (
     "completion-batch:*",
+    "file:*",
     "ai-connection:*",
     "ai-resource:*",
     "request-usage:*",

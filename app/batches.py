@@ -80,6 +80,7 @@ def vmx_of(body: str) -> Vmx | None:
 class NewItem:
     """An item to create: a JSON object to the letter, for a resource.
 
+    ``place``: where its creator finds it, for messages; None: by its number in ``items``.
     ``vmx``: what that object says for us and not for the provider.
     """
 
@@ -87,6 +88,7 @@ class NewItem:
     body: bytes
     custom_id: str | None = None
     max_attempts: int | None = None
+    place: str | None = None
     vmx: Vmx | None = None
 
 
@@ -219,10 +221,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Impossible:
-    """An item that could never be sent, and why."""
+    """An item that could never be sent, and why. ``place``: as of `NewItem`."""
 
     index: int
     reason: str
+    place: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -349,7 +352,7 @@ class _Scale:
                 (capacity.most_input_tokens(key_amounts), "the api key"),
             ),
             batch_id=batch.batch_id,
-            crossroads=crossroads or {},
+            crossroads={} if crossroads is None else crossroads,
         )
 
     def weigh(self, item: NewItem, seq: int) -> "_Weighed":
@@ -424,7 +427,9 @@ class Appraiser:
             except ValueError as error:
                 found.impossible_items += 1
                 if len(found.impossible) < ValidationError.MOST:
-                    found.impossible.append(Impossible(index=index, reason=str(error)))
+                    found.impossible.append(
+                        Impossible(index=index, reason=str(error), place=item.place)
+                    )
                 continue
             estimate = weighed.estimate
             bound = estimate.max_output_tokens
@@ -612,7 +617,8 @@ class Ingest:
             try:
                 weighed = self._scale.weigh(item, seq)
             except ValueError as error:
-                problems.append(Problem(path=f"items[{seq}].request", message=str(error)))
+                place = item.place or f"items[{seq}].request"
+                problems.append(Problem(path=place, message=str(error)))
                 continue
             estimate, resource_id = weighed.estimate, weighed.resource_id
             share = flows.setdefault(resource_id, _Share())
@@ -725,6 +731,18 @@ async def prepare_day(conn: Connection, batch: NewBatch) -> None:
 _prepared_days: set[tuple[str, str, date]] = set()
 
 
+async def lock_idempotency(
+    conn: Connection, *, workspace_id: UUID, environment_id: UUID, idempotency_key: str
+) -> None:
+    """Make a concurrent creation with the same key wait for this transaction."""
+    await _idempotency_lock.run(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        idempotency_key=idempotency_key,
+    )
+
+
 async def replay(
     conn: Connection,
     *,
@@ -739,7 +757,7 @@ async def replay(
     A concurrent creation with the same key makes this wait for its end. Raises ConflictError when
     the key was used for another request. ``hours``: for so long a key is remembered.
     """
-    await _idempotency_lock.run(
+    await lock_idempotency(
         conn,
         workspace_id=workspace_id,
         environment_id=environment_id,

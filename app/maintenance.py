@@ -2,8 +2,9 @@
 
 Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, and end
 what a deadline has overtaken.
-Every minute: partitions ahead, old ledger slots, workers long gone, and a look for two things that
-must never be: work that nobody is told of, and unstarted items below a floor.
+Every minute: partitions ahead, old ledger slots, workers long gone, files that have expired, and a
+look for two things that must never be: work that nobody is told of, and unstarted items below a
+floor.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import queue
+from app import files, queue, results
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, WORK, Ringer
 from app.log import Log
@@ -144,6 +145,9 @@ class Maintenance:
         async with self._db.connection() as conn:
             await queue.prune_ledger(conn, keep_hours=self._settings.ledger_keep_hours)
             await queue.forget_workers(conn)
+            await results.forget(conn)
+            while await files.prune(conn):
+                pass
             if woken := await queue.recompute_ready(conn):
                 log.error("ready.behind", resources=woken)
             for bug in await queue.below_floor(conn):

@@ -122,6 +122,20 @@ class Settings(BaseModel):
         ge=0,
         description="most bytes of their requests; 0: any number",
     )
+    max_file_bytes: int = Field(
+        default=512 * 1024 * 1024, ge=1024, description="largest file of /v1/files"
+    )
+    max_batch_file_bytes: int = Field(
+        default=200 * 1024 * 1024, ge=1024, description="largest file that a batch is made from"
+    )
+    batch_file_days: float = Field(
+        default=30.0, gt=0, description="files for batches are deleted after this"
+    )
+    validation_lease_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="silence after which another process validates a batch's file",
+    )
     max_response_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
     )

@@ -105,8 +105,10 @@ ACROSS_TENANTS = {
         "doctor.secrets_stored",
         "doctor.workers_seen",
     },
+    "validators of files": {"submissions.submission_lease"},
     "workers and maintenance": {
         "queue.batches_aborted",
+        "files.files_prune",
         "queue.batches_unmarked",
         "queue.flows_expired",
         "queue.items_below_floor",
@@ -116,6 +118,7 @@ ACROSS_TENANTS = {
         "queue.ready_due",
         "queue.ready_recompute",
         "queue.workers_forget",
+        "results.result_files_forget",
     },
 }
 

@@ -17,6 +17,9 @@ from app.api import (
     errors,
     health,
     keys,
+    openai_batches,
+    openai_files,
+    openai_wire,
     resources,
     usage,
     workspaces,
@@ -33,6 +36,7 @@ from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
+from app.validator import Validator
 
 log = Log("api")
 
@@ -43,13 +47,15 @@ _BACKLOG = 2048
 def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url: str) -> Litestar:
     """The API on a pool that is open. ``listen_url`` reaches Postgres past any pooler."""
     hub = Hub(db, keepalive_s=settings.sse_keepalive_s, recheck_s=settings.sse_recheck_s)
+    ringer = Ringer(db)
     context = Context(
         settings=settings,
         db=db,
         keyring=keyring,
         listen_url=listen_url,
-        ringer=Ringer(db),
+        ringer=ringer,
         hub=hub,
+        validator=Validator(settings, db, ringer=ringer),
         issuer=_issuer(settings),
     )
 
@@ -66,6 +72,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         supervisor.start("look", hub.look)
         supervisor.start("ping", hub.ping)
         supervisor.start("recheck", hub.recheck)
+        supervisor.start("validator", context.validator.run)
         try:
             yield
         finally:
@@ -88,6 +95,8 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
                     batches.router,
                     connections.router,
                     resources.router,
+                    openai_files.router,
+                    openai_batches.router,
                     keys.router,
                     workspaces.router,
                     usage.router,
@@ -97,7 +106,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         ],
         lifespan=[running],
         dependencies={"context": Provide(given, sync_to_thread=False)},
-        exception_handlers={**errors.HANDLERS},
+        exception_handlers={**openai_wire.handlers(prefix)},
         before_send=[errors.stamp],
         plugins=[PydanticPlugin(prefer_alias=True)],
         openapi_config=documentation(prefix),

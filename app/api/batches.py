@@ -405,7 +405,7 @@ async def cancel(
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
     if not batch.is_finished:
-        context.spawn(_mark(context, batch))
+        context.spawn(mark_cancelled(context, batch))
     return Response(wire.encode(wire_batches.batch_body(batch)), media_type="application/json")
 
 
@@ -683,7 +683,7 @@ async def _mark_first(context: Context, batch: Batch) -> None:
             return
 
 
-async def _mark(context: Context, batch: Batch) -> None:
+async def mark_cancelled(context: Context, batch: Batch) -> None:
     """Let rows and events of a cancelled batch follow; what is left over is maintenance's."""
     try:
         while await _mark_some(context, batch):

@@ -48,6 +48,7 @@ from app.errors import (
 from app.forecast import Plan
 from app.log import Log
 from app.resources import Resource
+from app.validator import quota_of
 
 log = Log("api")
 
@@ -165,7 +166,7 @@ async def create_batch(context: Context, request: AnyRequest, key: Principal) ->
                 if known is not None:
                     return Created(batch_id=known, type=batch.type, replayed=True)
             batch = replace(batch, expires_at=await _deadline(conn, head))
-            quota = _quota(context)
+            quota = quota_of(context.settings)
             if found.items > _FEW:
                 # So much is not written in vain. Whoever comes between now and the commit counts then.
                 added = quotas.Amounts(items=found.items, batches=1, bytes=0)
@@ -248,13 +249,6 @@ async def estimate_batch(context: Context, request: AnyRequest, key: Principal) 
             clockwork=context.clockwork,
         )
     return Estimated(appraisal=appraiser.found, plan=plan, expires_at=expires_at)
-
-
-def _quota(context: Context) -> quotas.Amounts:
-    settings = context.settings
-    return quotas.Amounts(
-        items=settings.quota_items, batches=settings.quota_batches, bytes=settings.quota_bytes
-    )
 
 
 def _new_batch(

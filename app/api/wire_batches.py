@@ -509,7 +509,8 @@ _LEAST_WINDOW: Final = timedelta(minutes=1)
 _MOST_WINDOW: Final = timedelta(days=90)
 
 
-def _duration(value: object) -> object:
+def duration(value: object) -> object:
+    """A validator: a length of time such as 24h."""
     if value is None:
         return None
     found = _WINDOW.fullmatch(value) if isinstance(value, str) else None
@@ -531,7 +532,7 @@ def _upper(value: object) -> object:
 
 Priority = Annotated[Whole, Field(ge=-100, le=100)]
 Weight = Annotated[float, BeforeValidator(_number), Field(ge=0.1, le=100)]
-Window = Annotated[timedelta | None, BeforeValidator(_duration)]
+Window = Annotated[timedelta | None, BeforeValidator(duration)]
 
 
 class _Deadline(Sent):

@@ -155,6 +155,12 @@ begin
     if found then
         perform event_append(p_workspace_id, v_day, p_batch_id, 'batch-running', null, v_now);
     end if;
+    -- Its error file has other lines from now on: it is measured anew, and has another id.
+    update batches b
+    set redrives = b.redrives + 1, expired_at = null
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
+    delete from result_files r
+    where r.workspace_id = p_workspace_id and r.batch_id = p_batch_id and r.kind = 'error';
     perform event_append(p_workspace_id, v_day, p_batch_id, 'item-retrying', v_seqs, v_now);
     -- Locked before they are looked at, in order; see ready_change.
     perform 1 from ready r

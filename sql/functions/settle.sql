@@ -309,7 +309,8 @@ begin
     -- 5. Flows, batches, events.
     v_released := flows_change(p_workspace_id, v_changed, v_freed, v_now, (
         select jsonb_agg(jsonb_build_object('batch_id', g.batch_id, 'resource_id', g.resource_id,
-            'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens, 'drift', g.drift))
+            'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens,
+            'cached_tokens', g.cached_tokens, 'reasoning_tokens', g.reasoning_tokens, 'drift', g.drift))
         from (
             -- By the flow that the item is in: a late answer may be that of a model it has left.
             select o.batch_id, v_resources[o.ord] as resource_id,
@@ -317,6 +318,10 @@ begin
                     as input_tokens,
                 coalesce(sum(o.output_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
                     as output_tokens,
+                coalesce(sum(o.cached_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                    as cached_tokens,
+                coalesce(sum(o.reasoning_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                    as reasoning_tokens,
                 sum(case
                     when o.outcome in ('unsent', 'throttled') or o.refund
                         then -greatest(o.reserved_input_tokens + o.reserved_output_tokens, 1)
@@ -532,7 +537,8 @@ begin
     with changed as materialized (
         -- Summed up before it is joined: a nested loop would look for every item among all flows.
         select p_workspace_id as workspace_id, c.*, coalesce(u.input_tokens, 0) as input_tokens,
-            coalesce(u.output_tokens, 0) as output_tokens, coalesce(u.drift, 0) as drift
+            coalesce(u.output_tokens, 0) as output_tokens, coalesce(u.cached_tokens, 0) as cached_tokens,
+            coalesce(u.reasoning_tokens, 0) as reasoning_tokens, coalesce(u.drift, 0) as drift
         from (
             select batch_id, resource_id, min(batch_day) as batch_day,
                 count(*) filter (where was = 'running')::int as left_running,
@@ -557,7 +563,7 @@ begin
         ) c
         left join jsonb_to_recordset(p_usage) as u (
             batch_id uuid, resource_id uuid, input_tokens bigint, output_tokens bigint,
-            drift double precision
+            cached_tokens bigint, reasoning_tokens bigint, drift double precision
         ) on u.batch_id = c.batch_id and u.resource_id = c.resource_id
     ),
     waited as materialized (
@@ -581,6 +587,8 @@ begin
             retries = f.retries + c.to_pending - c.come + c.gone,
             input_tokens = f.input_tokens + c.input_tokens,
             output_tokens = f.output_tokens + c.output_tokens,
+            cached_tokens = f.cached_tokens + c.cached_tokens,
+            reasoning_tokens = f.reasoning_tokens + c.reasoning_tokens,
             virtual_time = greatest(
                 -- What waited for nothing but its own calls re-enters at the virtual time of the others.
                 -- So does what waited for a limit of its own.
