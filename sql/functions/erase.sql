@@ -1,0 +1,52 @@
+-- Erasure: prompts and answers go, facts stay (numbers, models, tokens, costs, errors, the creator's own ids).
+--
+-- Of items that have ended, some at a time; a request that may still be sent is needed. Both texts say null
+-- afterwards, which is what readers show. p_seqs: only these items; null: all of the batch. Returns how many were
+-- erased. Locks the requests' rows in key order, which nothing else does: claims only read them.
+create or replace function texts_erase(
+    p_workspace_id uuid, p_batch_day date, p_batch_id uuid, p_seqs int[], p_most int
+)
+returns int
+language plpgsql volatile
+as $$
+declare
+    v_seqs int[];
+begin
+    with held as materialized (
+        select q.seq
+        from item_requests q
+        join items i on i.workspace_id = q.workspace_id
+            and i.batch_day = q.batch_day
+            and i.batch_id = q.batch_id
+            and i.seq = q.seq
+        where q.workspace_id = p_workspace_id
+            and q.batch_day = p_batch_day
+            and q.batch_id = p_batch_id
+            and q.erased_at is null
+            and (p_seqs is null or q.seq = any (p_seqs))
+            and i.status in ('completed', 'failed', 'cancelled')
+        order by q.seq
+        limit p_most
+        for no key update of q skip locked
+    )
+    select array_agg(h.seq order by h.seq) into v_seqs from held h;
+    if v_seqs is null then
+        return 0;
+    end if;
+    update item_requests q
+    set body = 'null', erased_at = clock_timestamp()
+    where q.workspace_id = p_workspace_id
+        and q.batch_day = p_batch_day
+        and q.batch_id = p_batch_id
+        and q.seq = any (v_seqs);
+    update item_results r
+    set body = case when r.body is not null then 'null'::json end, headers = null
+    where r.workspace_id = p_workspace_id
+        and r.batch_day = p_batch_day
+        and r.batch_id = p_batch_id
+        and r.seq = any (v_seqs);
+    return cardinality(v_seqs);
+end
+$$;
+comment on function texts_erase(uuid, date, uuid, int[], int) is
+    'Erase prompts and answers of ended items, some at a time; how many.';
