@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import queue
+from app import batches, queue
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, WORK, Ringer
 from app.log import Log
@@ -80,6 +80,7 @@ class Maintenance:
         await self._reclaim()
         await self._follow_cancels()
         await self._expire()
+        await self._pause_exhausted()
         if self._rounds % _ROUNDS_PER_SLOW == 0:
             await self._slow_round()
         self._rounds += 1
@@ -135,6 +136,16 @@ class Maintenance:
                 total += expired
                 self._ringer.ring(EVENTS, {flow.batch_id})
             log.info("batch.expired", batch=flow.batch_id, items=total - 1)
+
+    async def _pause_exhausted(self) -> None:
+        async with self._db.connection() as conn:
+            found = await batches.exhausted(conn)
+        for batch in found:
+            async with self._db.transaction() as conn:
+                paused = await batches.pause_exhausted(conn, batch=batch)
+            if paused:
+                log.info("batch.exhausted", batch=batch.batch_id)
+                self._ringer.ring(EVENTS, {batch.batch_id})
 
     async def _slow_round(self) -> None:
         today = datetime.now(UTC).date()  # noqa: TID251 - partitions are ahead by days
