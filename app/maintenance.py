@@ -1,8 +1,8 @@
 """Maintenance: what one elected process does for all. It runs inside every worker process.
 
-Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, and end
-what a deadline has overtaken.
-Every minute: partitions ahead, old ledger slots, workers long gone, and a look for two things that
+Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, end what a
+deadline has overtaken, and pause what has spent what it may. Every ten seconds: rollups.
+Every minute: partitions ahead, what retention lets go, old ledger slots, workers long gone, and a look for two things that
 must never be: work that nobody is told of, and unstarted items below a floor.
 """
 
@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import batches, queue
+from app import batches, queue, reports, retention
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, WORK, Ringer
 from app.log import Log
@@ -26,6 +26,8 @@ _DUTY = "maintenance"
 _DUTY_S = 10.0
 _TICK_S = 1.0
 _ROUNDS_PER_SLOW = 60
+_ROUNDS_PER_ROLLUP = 10
+_MOST_ROLLUPS = 20  # transactions of one round, so that nothing else waits for long
 _DAYS_AHEAD = 3
 #: Reclaimed items wait this long, so that a crash loop does not spin.
 _RECLAIM_WAIT_S = 0.5
@@ -81,6 +83,8 @@ class Maintenance:
         await self._follow_cancels()
         await self._expire()
         await self._pause_exhausted()
+        if self._rounds % _ROUNDS_PER_ROLLUP == 0:
+            await self._roll_up()
         if self._rounds % _ROUNDS_PER_SLOW == 0:
             await self._slow_round()
         self._rounds += 1
@@ -147,6 +151,12 @@ class Maintenance:
                 log.info("batch.exhausted", batch=batch.batch_id)
                 self._ringer.ring(EVENTS, {batch.batch_id})
 
+    async def _roll_up(self) -> None:
+        for _ in range(_MOST_ROLLUPS):
+            async with self._db.transaction() as conn:
+                if await reports.roll_up(conn) == 0:
+                    return
+
     async def _slow_round(self) -> None:
         today = datetime.now(UTC).date()  # noqa: TID251 - partitions are ahead by days
         for ahead in range(_DAYS_AHEAD + 1):
@@ -159,6 +169,7 @@ class Maintenance:
                 log.error("ready.behind", resources=woken)
             for bug in await queue.below_floor(conn):
                 log.error("floor.passed", batch=bug.batch_id, items=bug.items)
+        await retention.tidy(self._db, self._settings)
 
 
 async def follow_cancel(

@@ -21,6 +21,7 @@ from app import api_keys, batches, capacity, forecast, items, prices, queue, ten
 from app.access import Principal
 from app.api import (
     described,
+    erasure,
     ingest,
     pages,
     query,
@@ -744,6 +745,8 @@ router = Router(
         list_batches,
         read,
         change,
+        erasure.erase_batch,
+        erasure.erase_item,
         results.list_items,
         results.results,
         results.read_item,

@@ -6,6 +6,8 @@
     batches      look at and end batches of a server              batches, client, flags
     keys         the API keys of a server                         keys, client, flags
     workspaces   tenants, in the database itself                  workspaces
+    report       print the reporting views, let people read them   report
+    prices, keep what models cost, how long things are kept      prices
     demo         three hundred tickets and a simulated provider   demo
     simulate     that provider by itself                          simulate
     migrate, doctor, explain, db                                  upkeep
@@ -43,6 +45,9 @@ _MODULES: Final[Mapping[str, str]] = MappingProxyType(
         "batches": "batches",
         "keys": "keys",
         "workspaces": "workspaces",
+        "report": "report",
+        "prices": "prices",
+        "keep": "prices",
         "migrate": "upkeep",
         "doctor": "upkeep",
         "simulate": "simulate",

@@ -38,6 +38,10 @@ declare
     v_hours timestamptz[] := '{}';
     v_done int := 0;
 begin
+    -- One at a time; a second maintenance, as while the duty changes hands, has nothing to do.
+    if not pg_try_advisory_xact_lock(hashtext('sluice.rollup')) then
+        return 0;
+    end if;
     for v_due in
         with oldest as (
             select distinct d.batch_day, d.minute_at
