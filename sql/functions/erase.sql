@@ -78,9 +78,11 @@ begin
         for update skip locked
     )
     select array_agg(h.seq order by h.seq) into v_seqs from held h;
-    if v_seqs is null then
+    if coalesce(cardinality(v_seqs), 0) < p_most then
         delete from events e
         where e.workspace_id = p_workspace_id and e.batch_day = p_batch_day and e.batch_id = p_batch_id;
+    end if;
+    if v_seqs is null then
         return 0;
     end if;
     delete from items i

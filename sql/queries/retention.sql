@@ -94,7 +94,7 @@ where c.day < (clock() at time zone 'UTC')::date - case c.parent
     end
     and not exists (select from batches b where b.batch_day = c.day and b.completed_at is null)
     and not exists (select from rollup_due d where d.batch_day = c.day)
-order by c.day, c.parent;
+order by c.day, c.parent <> 'items', c.parent;
 
 -- name: rollup_minutes_prune
 -- Forget minutes, some at a time.
