@@ -787,6 +787,8 @@ create index items_first on items (workspace_id, batch_id, resource_id, seq)
 create index items_again on items (workspace_id, batch_id, resource_id, visible_at, seq)
     where status = 'pending' and attempt > 0;
 create index items_running on items (visible_at) where status = 'running';
+-- The dead letters. Only what fails gets an entry.
+create index items_failed on items (workspace_id, resource_id, ended_at) where status = 'failed';
 comment on table items is
     'One request of a batch: its state only. Narrow, because it is updated two or three times. Its id '
     'is item_id(batch_id, seq).';
@@ -912,6 +914,7 @@ create table attempts (
     constraint attempts_attempt_positive check (attempt > 0)
 ) partition by range (batch_day);
 create index attempts_by_time on attempts using brin (ended_at) with (pages_per_range = 32);
+create index attempts_failed on attempts (workspace_id, resource_id, ended_at) where outcome <> 'answered';
 comment on table attempts is
     'One row per provider call, written when it ended; plus one correction when a lost one reports '
     'after all. With the running items it accounts for every number in the ledger.';

@@ -257,8 +257,11 @@ async def test_what_cannot_be_priced_cannot_be_bounded(database: str) -> None:
                 )
         await put(scene, price(currency="EUR"))
         async with scene.db.connection() as conn:
-            assert "EUR" == await prices.currency_of(
-                conn, workspace_id=scene.workspace_id, resource_ids=[scene.resource_id]
+            assert (
+                await prices.currency_of(
+                    conn, workspace_id=scene.workspace_id, resource_ids=[scene.resource_id]
+                )
+                == "EUR"
             )
 
 

@@ -18,14 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "reporting.md"
 COLUMNS = ROOT / "tests" / "report_columns.txt"
 MARK = "<!-- dictionary: made from the comments by tests/test_report_docs.py -->\n"
-QUESTIONS = re.findall(r"### \d+\. (.*?)\n\n```sql\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+QUESTIONS = re.findall(
+    r"### \d+\. (.*?)\n\n```sql\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL
+)
 
 
 def dictionary(known: Mapping[str, View]) -> str:
     """The data dictionary as Markdown."""
     parts = ["\n## Data dictionary\n"]
     for view in known.values():
-        parts.append(f"\n### report.{view.name}\n\n{view.about}\n\n| column | type | |\n|---|---|---|\n")
+        parts.append(
+            f"\n### report.{view.name}\n\n{view.about}\n\n| column | type | |\n|---|---|---|\n"
+        )
         parts += [f"| `{c.name}` | {c.type} | {c.about} |\n" for c in view.columns]
     return "".join(parts)
 

@@ -209,23 +209,23 @@ async def test_a_reader_cannot_write(database: str) -> None:
 
 
 async def test_a_login_has_its_limits_and_texts_need_a_grant(database: str) -> None:
-    async with two_workspaces(database) as (scene, _):
-        async with reading(scene, Allowance(timeout_s=7, idle_s=8, connections=2)) as reader:
-            assert await reader.rows("show statement_timeout") == [("7s",)]
-            assert await reader.rows("show idle_session_timeout") == [("8s",)]
-            assert await reader.rows("show default_transaction_read_only") == [("on",)]
-            limit = await scene.value(
-                "select rolconnlimit from pg_roles where rolname = %s", reader.name
-            )
-            assert limit == 2
-            assert len(await reader.rows("select 1 from report.batches")) == 2
-            assert "permission denied" in await reader.refusal("select * from report.item_texts")
-            # A grant of the group alone, past the command, shows nothing: it must be written down too.
-            await scene.do(f"grant sluice_report_text to {reader.name}")
-            assert await reader.rows("select * from report.item_texts") == []
-            async with scene.db.transaction() as conn:
-                await reports.grant(conn, user=reader.name, allowed=Allowance(with_texts=True))
-            assert len(await reader.rows("select * from report.item_texts")) == 4
+    few = Allowance(timeout_s=7, idle_s=8, connections=2)
+    async with two_workspaces(database) as (scene, _), reading(scene, few) as reader:
+        assert await reader.rows("show statement_timeout") == [("7s",)]
+        assert await reader.rows("show idle_session_timeout") == [("8s",)]
+        assert await reader.rows("show default_transaction_read_only") == [("on",)]
+        limit = await scene.value(
+            "select rolconnlimit from pg_roles where rolname = %s", reader.name
+        )
+        assert limit == 2
+        assert len(await reader.rows("select 1 from report.batches")) == 2
+        assert "permission denied" in await reader.refusal("select * from report.item_texts")
+        # A grant of the group alone, past the command, shows nothing: it must be written down too.
+        await scene.do(f"grant sluice_report_text to {reader.name}")
+        assert await reader.rows("select * from report.item_texts") == []
+        async with scene.db.transaction() as conn:
+            await reports.grant(conn, user=reader.name, allowed=Allowance(with_texts=True))
+        assert len(await reader.rows("select * from report.item_texts")) == 4
 
 
 async def test_who_sees_everything_anyway_or_nothing_that_exists_is_refused(database: str) -> None:

@@ -106,8 +106,10 @@ async def test_every_view_on_a_small_history(database: str) -> None:
             " input_tokens, output_tokens, cost, currency, items_per_minute, eta_at",
             "batches",
         ) == [
-            ("w", "e", "tickets", "async", "cancelled", Decimal("10.000"), Decimal("150.000"), 4)
-            + (0, 0, 3, 0, 1, 2, 2010, 22, Decimal("0.0003147"), "USD", Decimal("1.2"), None)
+            (
+                *("w", "e", "tickets", "async", "cancelled", Decimal("10.000"), Decimal("150.000")),
+                *(4, 0, 0, 3, 0, 1, 2, 2010, 22, Decimal("0.0003147"), "USD", Decimal("1.2"), None),
+            )
         ]
 
         assert await seen(

@@ -179,7 +179,7 @@ async def test_rows_of_a_workspace_that_keeps_them_shorter_are_deleted(database:
         for _ in range(2):
             await retention.tidy(ours.db, keeping(days=30))
         for table in PARENTS:
-            counted = "select count(*)::int from " + table + " where batch_id = %s"
+            counted = f"select count(*)::int from {table} where batch_id = %s"  # noqa: S608 - constants
             assert await ours.value(counted, gone.batch_id) == 0, table
             assert await ours.value(counted, kept.batch_id) > 0, table
 

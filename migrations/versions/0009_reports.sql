@@ -47,6 +47,8 @@ alter table attempts
     add column currency text,
     add column reserved_cost_nano bigint,
     add column corrected_at timestamptz;
+create index attempts_failed on attempts (workspace_id, resource_id, ended_at) where outcome <> 'answered';
+create index items_failed on items (workspace_id, resource_id, ended_at) where status = 'failed';
 
 -- Money and reports -------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ select w.workspace_id,
     e.environment_id,
     e.name as environment_name,
     b.batch_id,
+    b.batch_day,
     b.name as batch_name,
     b.type::text as batch_type,
     b.endpoint,
@@ -62,6 +63,7 @@ comment on column report.batches.workspace_name is 'The tenants name.';
 comment on column report.batches.environment_id is 'The environment.';
 comment on column report.batches.environment_name is 'The environments name.';
 comment on column report.batches.batch_id is 'The batch.';
+comment on column report.batches.batch_day is 'UTC day of its creation: with it a condition on items or attempts reads only that day.';
 comment on column report.batches.batch_name is 'Its name, if its creator gave it one.';
 comment on column report.batches.batch_type is 'sync, async or callback.';
 comment on column report.batches.endpoint is 'Path of the providers API that its items call.';
