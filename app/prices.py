@@ -90,11 +90,10 @@ def parse(text: str) -> list[Price]:
             found: object = json.loads(text, parse_float=Decimal)
         except ValueError as error:
             raise InputError(f"The file is not valid JSON: {error}.") from None
-        rows: object = (
-            cast("dict[str, object]", found).get("prices", [found])
-            if isinstance(found, dict)
-            else found
-        )
+        rows = found
+        if isinstance(found, dict):
+            named = cast("dict[str, object]", found)
+            rows = named.get("prices", [named])
         if not isinstance(rows, list):
             raise InputError("The file must hold an array of prices.")
         return [

@@ -200,6 +200,8 @@ async def grant(conn: Connection, *, user: str, allowed: Allowance) -> str | Non
         "idle_in_transaction_session_timeout": "60s",
         "idle_session_timeout": f"{allowed.idle_s}s",
         "timezone": "UTC",
+        # One reader, one processor: parallel plans would take those of the engine.
+        "max_parallel_workers_per_gather": "0",
     }.items():
         await conn.execute(
             sql.SQL("alter role {} set {} = {}").format(
