@@ -223,7 +223,7 @@ begin
             cached_tokens = excluded.cached_tokens, reasoning_tokens = excluded.reasoning_tokens,
             cost_nano = excluded.cost_nano, currency = excluded.currency, corrected_at = v_now
         where a.outcome = 'lost' and excluded.outcome <> 'lost'
-        returning a.batch_day, a.batch_id, a.seq, a.attempt, a.corrected_at, a.cost_nano, a.currency,
+        returning a.workspace_id, a.batch_day, a.batch_id, a.seq, a.attempt, a.corrected_at, a.cost_nano, a.currency,
             coalesce(coalesce(a.cost_nano, a.reserved_cost_nano) - a.reserved_cost_nano, 0) as cost_difference,
             a.resource_id, a.claimed_at, a.reserved_limits,
             a.charged_requests - 1 as requests,
@@ -284,7 +284,7 @@ begin
         union
         select a.batch_day, date_trunc('minute', a.ended_at, 'UTC')
         from called c
-        join attempts a on a.workspace_id = p_workspace_id
+        join attempts a on a.workspace_id = c.workspace_id
             and a.batch_day = c.batch_day
             and a.batch_id = c.batch_id
             and a.seq = c.seq
