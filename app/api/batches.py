@@ -467,7 +467,12 @@ async def change(
 
 
 async def _with_max_cost(
-    conn: Connection, *, key: Principal, batch_id: UUID, to: Steering, wanted: wire_batches.BatchPatch
+    conn: Connection,
+    *,
+    key: Principal,
+    batch_id: UUID,
+    to: Steering,
+    wanted: wire_batches.BatchPatch,
 ) -> Steering:
     if wanted.max_cost is None:
         return replace(to, max_cost_nano=None, currency=None)
