@@ -34,7 +34,7 @@ begin
         return 0;
     end if;
     update item_requests q
-    set body = 'null', erased_at = clock_timestamp()
+    set body = 'null', vmx = null, erased_at = clock_timestamp()
     where q.workspace_id = p_workspace_id
         and q.batch_day = p_batch_day
         and q.batch_id = p_batch_id
