@@ -31,6 +31,7 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "completion-batch:update": "steer, pause and resume batches",
         "completion-batch:cancel": "cancel batches",
         "completion-batch:retry": "try items of batches again",
+        "completion-batch:erase": "erase prompts and answers",
         "file:create": "upload files",
         "file:get": "read files",
         "file:list": "list files",

@@ -155,6 +155,26 @@ class Settings(BaseModel):
     usage_timeout_s: float = Field(
         default=30.0, gt=0, description="longest time that Postgres may think about one"
     )
+    retention_days: int | None = Field(
+        default=None,
+        ge=1,
+        description="items, attempts and events are kept so long; absent: for ever",
+    )
+    retention_texts_days: int | None = Field(
+        default=None, ge=1, description="prompts and answers are kept so long; absent: as the items"
+    )
+    retention_attempts_days: int | None = Field(
+        default=None, ge=1, description="attempts, if shorter; absent: as the items"
+    )
+    retention_events_days: int | None = Field(
+        default=None, ge=1, description="events, if shorter; absent: as the items"
+    )
+    retention_minutes_days: int | None = Field(
+        default=400, ge=1, description="rollups by the minute are kept so long"
+    )
+    retention_hours_days: int | None = Field(
+        default=None, ge=1, description="rollups by the hour are kept so long; absent: for ever"
+    )
     sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
     sse_recheck_s: float = Field(
         default=10.0, gt=0, description="how often a stream's caller is asked about again"

@@ -106,6 +106,18 @@ ACROSS_TENANTS = {
         "doctor.workers_seen",
     },
     "validators of files": {"submissions.submission_lease"},
+    "the operator's command line, for readers of reports": {"reports.report_grant_delete"},
+    "maintenance: budgets, retention, rollups": {
+        "batches.batches_exhausted",
+        "retention.facts_overdue",
+        "retention.partitions_old",
+        "retention.rollup_hours_prune",
+        "retention.rollup_latency_hours_prune",
+        "retention.rollup_latency_minutes_prune",
+        "retention.rollup_minutes_prune",
+        "retention.texts_erasing",
+        "retention.texts_overdue",
+    },
     "workers and maintenance": {
         "queue.batches_aborted",
         "files.files_prune",

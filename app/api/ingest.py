@@ -25,7 +25,7 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, quotas, resources, workspaces
+from app import batches, capacity, forecast, prices, quotas, resources, workspaces
 from app.access import Principal
 from app.api import auth
 from app.api.context import Context
@@ -150,6 +150,13 @@ async def create_batch(context: Context, request: AnyRequest, key: Principal) ->
         idempotency_key = _idempotency_key(request, head)
         by_reference = await _resolve(context, key, found.asked)
         batch = _new_batch(context, request, key, head, cast("BatchType", head.type.lower()))
+        if batch.max_cost_nano is not None:
+            async with context.db.connection() as conn:
+                used = [resource.resource_id for resource in by_reference.values()]
+                currency = await prices.currency_of(
+                    conn, workspace_id=key.workspace_id, resource_ids=used
+                )
+            batch = replace(batch, currency=currency)
         batch = replace(batch, idempotency_key=idempotency_key, request_hash=body.sha256)
         async with context.db.connection() as conn:
             await batches.prepare_day(conn, batch)
@@ -240,7 +247,7 @@ async def estimate_batch(context: Context, request: AnyRequest, key: Principal) 
             batch_id=batch.batch_id,
             api_key_id=key.api_key_id,
             appraisal=appraiser.found,
-            amounts=batch.amounts,
+            amounts=batch.bounds,
             priority=batch.priority,
             weight=batch.weight,
             expires_at=expires_at,
@@ -264,6 +271,8 @@ def _new_batch(
         amounts=amounts(head.capacity),
         priority=head.priority,
         weight=head.weight,
+        max_tokens=head.max_tokens,
+        max_cost_nano=None if head.max_cost is None else round(head.max_cost * prices.NANO),
         # The peer of the connection: behind a proxy that is the proxy's own address.
         source_ip=request.client.host if request.client is not None else None,
         max_attempts=head.max_attempts or context.settings.max_attempts,

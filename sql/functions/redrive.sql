@@ -47,6 +47,15 @@ begin
                 and i.status = any (p_statuses)
                 and i.status in ('failed', 'cancelled')
                 and i.ended_at <= p_before
+                -- What was erased cannot be asked again.
+                and not exists (
+                    select from item_requests q
+                    where q.workspace_id = i.workspace_id
+                        and q.batch_day = i.batch_day
+                        and q.batch_id = i.batch_id
+                        and q.seq = i.seq
+                        and q.erased_at is not null
+                )
                 and (p_codes is null or exists (
                     select from item_results r
                     where r.workspace_id = i.workspace_id
@@ -75,6 +84,15 @@ begin
             where i.status = any (p_statuses)
                 and i.status in ('failed', 'cancelled')
                 and i.ended_at <= p_before
+                -- What was erased cannot be asked again.
+                and not exists (
+                    select from item_requests q
+                    where q.workspace_id = i.workspace_id
+                        and q.batch_day = i.batch_day
+                        and q.batch_id = i.batch_id
+                        and q.seq = i.seq
+                        and q.erased_at is not null
+                )
                 and (p_codes is null or exists (
                     select from item_results r
                     where r.workspace_id = i.workspace_id
