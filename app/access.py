@@ -31,6 +31,11 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "completion-batch:update": "steer, pause and resume batches, and tell of them again",
         "completion-batch:cancel": "cancel batches",
         "completion-batch:retry": "try items of batches again",
+        "completion-batch:erase": "erase prompts and answers",
+        "file:create": "upload files",
+        "file:get": "read files",
+        "file:list": "list files",
+        "file:delete": "delete files",
         "request-usage:get": "read use and error rates",
         "request-audit:list": "list calls, with what was asked and answered",
         "ai-connection:create": "create connections",
@@ -110,6 +115,7 @@ ALONE: Final = frozenset(
 #: What a new key may do when its maker is a member: the work of an environment, not its keys.
 MEMBERS_KEY: Final = (
     "completion-batch:*",
+    "file:*",
     "ai-connection:*",
     "ai-resource:*",
     "request-usage:*",

@@ -32,6 +32,7 @@ from app.webhooks import NewEndpoint
 
 BatchType = Literal["sync", "async", "callback"]
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
+PauseReason = Literal["max-tokens", "max-cost"]
 
 #: States that do not change any more (but for failed items put back by ``redrive``).
 TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled"})
@@ -81,6 +82,7 @@ def vmx_of(body: str) -> Vmx | None:
 class NewItem:
     """An item to create: a JSON object to the letter, for a resource.
 
+    ``place``: where its creator finds it, for messages; None: by its number in ``items``.
     ``vmx``: what that object says for us and not for the provider.
     """
 
@@ -88,6 +90,7 @@ class NewItem:
     body: bytes
     custom_id: str | None = None
     max_attempts: int | None = None
+    place: str | None = None
     vmx: Vmx | None = None
 
 
@@ -98,7 +101,8 @@ class NewBatch:
     ``amounts``: limits of its own, which can only tighten those above it; ``capacity``: the same as
     people wrote them. ``callback``: where it tells of itself, and ``callback_options`` the same as it may
     be shown. ``weight``: its share among batches of the same priority, 0.1 to 100.
-    ``expires_at``: nothing is begun from then on. ``source_ip``: for limits per client address.
+    ``expires_at``: nothing is begun from then on. ``max_tokens``, ``max_cost_nano`` (billionths of
+    ``currency``): it pauses when its calls have used so much. ``source_ip``: for limits per client address.
     ``max_attempts``: of items that do not say; ``given_max_attempts``: as its creator said, if so.
     ``timeout_ms``: longest time of one call; None: the resource's.
     """
@@ -118,6 +122,9 @@ class NewBatch:
     weight: float = 1
     expires_at: datetime | None = None
     source_ip: str | None = None
+    max_tokens: int | None = None
+    max_cost_nano: int | None = None
+    currency: str | None = None
     max_attempts: int = 5
     given_max_attempts: int | None = None
     timeout_ms: int | None = None
@@ -130,6 +137,11 @@ class NewBatch:
     def batch_day(self) -> date:
         """The partition of the batch's rows."""
         return created_on(self.batch_id)
+
+    @property
+    def bounds(self) -> list[Amount]:
+        """All limits on its own scope."""
+        return [*self.amounts, *budget(self.max_tokens, self.max_cost_nano)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +184,12 @@ class Batch:
     input_tokens: int
     output_tokens: int
     is_paused: bool
+    cost_nano: int
+    currency: str | None
+    max_tokens: int | None
+    max_cost_nano: int | None
+    pause_reason: PauseReason | None
+    texts_are_erased: bool
 
     @property
     def ended(self) -> int:
@@ -209,6 +227,10 @@ class Steering:
     weight: float
     expires_at: datetime | None
     capacity: list[dict[str, Any]]
+    max_tokens: int | None
+    max_cost_nano: int | None
+    currency: str | None
+    pause_reason: PauseReason | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -222,10 +244,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Impossible:
-    """An item that could never be sent, and why."""
+    """An item that could never be sent, and why. ``place``: as of `NewItem`."""
 
     index: int
     reason: str
+    place: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -293,6 +316,28 @@ class _Held:
     weight: float
     expires_at: datetime | None
     capacity: list[dict[str, Any]]
+    max_tokens: int | None
+    max_cost_nano: int | None
+    currency: str | None
+    pause_reason: PauseReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seeded:
+    seeded: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exhausted:
+    """A batch that may have spent what it may."""
+
+    workspace_id: UUID
+    batch_id: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Paused:
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +357,10 @@ _idempotency_lock = Query("batches", "idempotency_lock", _Locked)
 _batch_resources = Query("batches", "batch_resources", _ResourceId)
 _flows_pause = Query("batches", "flows_pause", NoRow)
 _flows_resume = Query("batches", "flows_resume", NoRow)
+_batch_unpause = Query("batches", "batch_unpause", NoRow)
+_batch_budget_seed = Query("batches", "batch_budget_seed", _Seeded)
+_batches_exhausted = Query("batches", "batches_exhausted", Exhausted)
+_batch_pause_exhausted = Query("batches", "batch_pause_exhausted", _Paused)
 _flows_lock = Query("batches", "flows_lock", _ResourceId)
 _batch_lock = Query("batches", "batch_lock", _Held)
 _batch_change = Query("batches", "batch_change", NoRow)
@@ -348,11 +397,11 @@ class _Scale:
             resources=resources,
             most_item_bytes=most_item_bytes,
             own_bounds=(
-                (capacity.most_input_tokens(batch.amounts), "the batch"),
+                (capacity.most_input_tokens(batch.bounds), "the batch"),
                 (capacity.most_input_tokens(key_amounts), "the api key"),
             ),
             batch_id=batch.batch_id,
-            crossroads=crossroads or {},
+            crossroads={} if crossroads is None else crossroads,
         )
 
     def weigh(self, item: NewItem, seq: int) -> "_Weighed":
@@ -427,7 +476,9 @@ class Appraiser:
             except ValueError as error:
                 found.impossible_items += 1
                 if len(found.impossible) < ValidationError.MOST:
-                    found.impossible.append(Impossible(index=index, reason=str(error)))
+                    found.impossible.append(
+                        Impossible(index=index, reason=str(error), place=item.place)
+                    )
                 continue
             estimate = weighed.estimate
             bound = estimate.max_output_tokens
@@ -535,6 +586,9 @@ class Ingest:
             weight=batch.weight,
             expires_at=batch.expires_at,
             source_ip=batch.source_ip,
+            max_tokens=batch.max_tokens,
+            max_cost_nano=batch.max_cost_nano,
+            currency=batch.currency,
             total_items=self.count,
             estimated_input_tokens=self._estimated,
             idempotency_key=batch.idempotency_key,
@@ -563,13 +617,13 @@ class Ingest:
             items=[self._flows[r] for r in resource_ids],
             request_bytes=[self._bytes.get(r, 0) for r in resource_ids],
         )
-        if batch.amounts:
+        if batch.bounds:
             await capacity.open_scope(
                 conn,
                 workspace_id=batch.workspace_id,
                 scope_id=batch.batch_id,
                 kind="batch",
-                amounts=batch.amounts,
+                amounts=batch.bounds,
             )
         await capacity.attach_dimensions(
             conn, workspace_id=batch.workspace_id, batch_id=batch.batch_id
@@ -617,7 +671,8 @@ class Ingest:
             try:
                 weighed = self._scale.weigh(item, seq)
             except ValueError as error:
-                problems.append(Problem(path=f"items[{seq}].request", message=str(error)))
+                place = item.place or f"items[{seq}].request"
+                problems.append(Problem(path=place, message=str(error)))
                 continue
             estimate, resource_id = weighed.estimate, weighed.resource_id
             share = flows.setdefault(resource_id, _Share())
@@ -730,6 +785,18 @@ async def prepare_day(conn: Connection, batch: NewBatch) -> None:
 _prepared_days: set[tuple[str, str, date]] = set()
 
 
+async def lock_idempotency(
+    conn: Connection, *, workspace_id: UUID, environment_id: UUID, idempotency_key: str
+) -> None:
+    """Make a concurrent creation with the same key wait for this transaction."""
+    await _idempotency_lock.run(
+        conn,
+        workspace_id=workspace_id,
+        environment_id=environment_id,
+        idempotency_key=idempotency_key,
+    )
+
+
 async def replay(
     conn: Connection,
     *,
@@ -744,7 +811,7 @@ async def replay(
     A concurrent creation with the same key makes this wait for its end. Raises ConflictError when
     the key was used for another request. ``hours``: for so long a key is remembered.
     """
-    await _idempotency_lock.run(
+    await lock_idempotency(
         conn,
         workspace_id=workspace_id,
         environment_id=environment_id,
@@ -868,9 +935,30 @@ async def resume(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> lis
     Harmless for a batch that is not paused; then it makes changed limits count at once.
     """
     await _flows_resume.run(conn, workspace_id=workspace_id, batch_id=batch_id)
+    await _batch_unpause.run(conn, workspace_id=workspace_id, batch_id=batch_id)
     found = sorted(await resource_ids(conn, workspace_id=workspace_id, batch_id=batch_id))
     await _ready_now.run(conn, workspace_id=workspace_id, resource_ids=found)
     return found
+
+
+def budget(max_tokens: int | None, max_cost_nano: int | None) -> list[Amount]:
+    """What a batch may use in its life, as a limit on its own scope."""
+    if max_tokens is None and max_cost_nano is None:
+        return []
+    return [Amount(period="lifetime", tokens=max_tokens, cost_nano=max_cost_nano)]
+
+
+async def exhausted(conn: Connection) -> list[Exhausted]:
+    """Batches that may have spent what they may, of all workspaces."""
+    return await _batches_exhausted.all(conn)
+
+
+async def pause_exhausted(conn: Connection, *, batch: Exhausted) -> bool:
+    """Pause a batch if it has spent what it may and nothing of it is out; whether it did."""
+    done = await _batch_pause_exhausted.one(
+        conn, workspace_id=batch.workspace_id, batch_id=batch.batch_id
+    )
+    return done.paused
 
 
 async def clock(conn: Connection) -> datetime:
@@ -905,6 +993,10 @@ async def hold(
         weight=held.weight,
         expires_at=held.expires_at,
         capacity=held.capacity,
+        max_tokens=held.max_tokens,
+        max_cost_nano=held.max_cost_nano,
+        currency=held.currency,
+        pause_reason=held.pause_reason,
     )
 
 
@@ -937,11 +1029,15 @@ async def steer(
         weight=to.weight,
         expires_at=to.expires_at,
         capacity=Jsonb(to.capacity),
+        max_tokens=to.max_tokens,
+        max_cost_nano=to.max_cost_nano,
+        currency=to.currency,
     )
     if amounts:
         await capacity.open_scope(
             conn, workspace_id=workspace_id, scope_id=batch_id, kind="batch", amounts=amounts
         )
+        await _batch_budget_seed.one(conn, workspace_id=workspace_id, batch_id=batch_id)
     elif amounts is not None:
         await capacity.set_limits(conn, workspace_id=workspace_id, scope_id=batch_id, amounts=())
     found = sorted(await resource_ids(conn, workspace_id=workspace_id, batch_id=batch_id))

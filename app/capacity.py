@@ -34,7 +34,7 @@ METADATA = "metadata:"
 class Amount:
     """So many requests and tokens per period; None: any number.
 
-    ``tokens`` are input and output together. ``sliding``: count the last period up to now, not the
+    ``cost_nano``: money, in billionths of the currency, of a lifetime. ``tokens`` are input and output together. ``sliding``: count the last period up to now, not the
     present one of the UTC calendar; None: as is usual for the period. ``dimension``: count apart for
     every client address or every value of a metadata field.
     """
@@ -46,6 +46,7 @@ class Amount:
     output_tokens: int | None = None
     sliding: bool | None = None
     dimension: str | None = None
+    cost_nano: int | None = None
 
     @property
     def slides(self) -> bool:
@@ -60,9 +61,9 @@ class Amount:
         return (self.period, self.slides, self.dimension)
 
     @property
-    def bounds(self) -> tuple[int | None, int | None, int | None, int | None]:
-        """Requests, tokens, input tokens and output tokens."""
-        return (self.requests, self.tokens, self.input_tokens, self.output_tokens)
+    def bounds(self) -> tuple[int | None, ...]:
+        """Requests, tokens, input tokens, output tokens and cost."""
+        return (self.requests, self.tokens, self.input_tokens, self.output_tokens, self.cost_nano)
 
     @property
     def most_input_tokens(self) -> int | None:
@@ -83,6 +84,7 @@ class Limit:
     tokens: int | None
     input_tokens: int | None
     output_tokens: int | None
+    cost_nano: int | None
 
     @property
     def amount(self) -> Amount:
@@ -95,6 +97,7 @@ class Limit:
             output_tokens=self.output_tokens,
             sliding=self.sliding,
             dimension=self.dimension,
+            cost_nano=self.cost_nano,
         )
 
 
@@ -338,6 +341,7 @@ async def set_limits(
                 tokens=amount.tokens,
                 input_tokens=amount.input_tokens,
                 output_tokens=amount.output_tokens,
+                cost_nano=amount.cost_nano,
             )
     for amount in wanted.values():
         await _limit_insert.run(
@@ -352,6 +356,7 @@ async def set_limits(
             tokens=amount.tokens,
             input_tokens=amount.input_tokens,
             output_tokens=amount.output_tokens,
+            cost_nano=amount.cost_nano,
         )
     if any(amount.dimension is not None for amount in wanted.values()):
         return await reattach(conn, workspace_id=workspace_id, scope_id=scope_id)
@@ -407,6 +412,7 @@ def _tightest(amounts: Sequence[Amount]) -> dict[tuple[Period, bool, str | None]
             tokens=_smaller(amount.tokens, held.tokens),
             input_tokens=_smaller(amount.input_tokens, held.input_tokens),
             output_tokens=_smaller(amount.output_tokens, held.output_tokens),
+            cost_nano=_smaller(amount.cost_nano, held.cost_nano),
         )
     return {key: a for key, a in found.items() if any(b is not None for b in a.bounds)}
 

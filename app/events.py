@@ -19,6 +19,7 @@ Kind = Literal[
     "item-failed",
     "item-retrying",
     "item-cancelled",
+    "batch-paused",
 ]
 
 #: After one of these nothing follows (unless failed items are put back).

@@ -40,14 +40,14 @@ MAX_FIELD_CHARACTERS: Final = 10_000_000
 _CHAT: Final = "/v1/chat/completions"
 _RESPONSES: Final = "/v1/responses"
 _COMPLETIONS: Final = "/v1/completions"
-# Each endpoint with the fields of which a body needs one.
-_NEEDS: Final[dict[str, tuple[str, ...]]] = {
+NEEDS: Final[dict[str, tuple[str, ...]]] = {
     _CHAT: ("messages",),
     _RESPONSES: ("input", "prompt", "conversation", "previous_response_id"),
     _COMPLETIONS: ("prompt",),
     "/v1/embeddings": ("input",),
     "/v1/moderations": ("input",),
 }
+"""Each endpoint with the fields of which a body needs one."""
 _INFERRED: Final = {"messages": _CHAT, "input": _RESPONSES, "prompt": _COMPLETIONS}
 _DELIMITERS: Final = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 _MAGIC: Final = {
@@ -59,7 +59,8 @@ _MAGIC: Final = {
     codecs.BOM_UTF16_BE: "is encoded in UTF-16; save it as UTF-8",
 }
 _BRACES: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
+UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
+"""What Postgres cannot keep in a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +122,8 @@ def open_input(
     """
     file = Path(path)
     start = _start(file)
-    if endpoint is not None and endpoint not in _NEEDS:
-        raise InputError(f"--endpoint '{endpoint}' is not one of {', '.join(_NEEDS)}")
+    if endpoint is not None and endpoint not in NEEDS:
+        raise InputError(f"--endpoint '{endpoint}' is not one of {', '.join(NEEDS)}")
     if params.get("stream"):
         raise InputError("the parameter stream cannot be used: a batch's answers are not streamed")
     found = _format(file, start) if format == "auto" else format
@@ -432,7 +433,7 @@ def _requests(file: Path) -> Iterator[tuple[int, bytes, dict[str, object]]]:
     for number, line in _lines(file):
         data = line.strip()
         if data:
-            yield number, data, _fields(f"{file} line {number}", _checked(file, number, data))
+            yield number, data, fields_of(f"{file} line {number}", _checked(file, number, data))
 
 
 def _checked(file: Path, number: int, line: bytes) -> bytes:
@@ -440,7 +441,7 @@ def _checked(file: Path, number: int, line: bytes) -> bytes:
     return line
 
 
-def _fields(place: str, data: bytes) -> dict[str, object]:
+def fields_of(place: str, data: bytes) -> dict[str, object]:
     """The fields of a JSON object, each as `msgspec.Raw`: nested values are not touched.
 
     An object with lone surrogates, which msgspec refuses and providers take, comes decoded.
@@ -476,7 +477,8 @@ def _is_object(value: object) -> TypeGuard[dict[str, object]]:
     return isinstance(value, dict)
 
 
-def _value(raw: object) -> object:
+def value_of(raw: object) -> object:
+    """A field of ``fields_of``, decoded."""
     return msgspec.json.decode(raw) if isinstance(raw, msgspec.Raw) else raw
 
 
@@ -508,8 +510,8 @@ def _endpoint(file: Path, format: Format, given: str | None) -> str:  # noqa: A0
 
 def _url(place: str, fields: Mapping[str, object]) -> str:
     url = _text(place, fields, "url")
-    if url not in _NEEDS:
-        raise InputError(f"{place} has an unsupported url; it must be one of {', '.join(_NEEDS)}")
+    if url not in NEEDS:
+        raise InputError(f"{place} has an unsupported url; it must be one of {', '.join(NEEDS)}")
     return url
 
 
@@ -542,12 +544,13 @@ def _openai_rows(given: Input) -> Iterator[Row]:
         raw = fields.get("body")
         if raw is None:
             raise InputError(f"{place} has no body")
-        data = bytes(raw) if isinstance(raw, msgspec.Raw) else _encoded(place, raw)
-        body = _body(place, data, _fields(f"{place}, its body,", data), given)
+        data = bytes(raw) if isinstance(raw, msgspec.Raw) else encoded(place, raw)
+        body = _body(place, data, fields_of(f"{place}, its body,", data), given)
         yield Row(number=number, line=line, body=body, custom_id=custom_id, columns=None)
 
 
-def _encoded(place: str, value: object) -> bytes:
+def encoded(place: str, value: object) -> bytes:
+    """JSON of a decoded value, in ASCII."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
     except ValueError:  # 1e999, which is decoded as infinity
@@ -556,10 +559,10 @@ def _encoded(place: str, value: object) -> bytes:
 
 def _body(place: str, data: bytes, fields: Mapping[str, object], given: Input) -> bytes:
     """The body to send: ``data`` itself unless there are parameters to set in it."""
-    needed = _NEEDS[given.endpoint]
+    needed = NEEDS[given.endpoint]
     if not any(name in fields for name in needed):
         raise InputError(f"{place} has no {needed[0]}, which {given.endpoint} needs")
-    if "stream" in fields and _value(fields["stream"]):
+    if "stream" in fields and value_of(fields["stream"]):
         raise InputError(f"{place} asks for a stream; a batch's answers are not: remove stream")
     return json_body({**fields, **given.params}) if given.params else data
 
@@ -567,7 +570,7 @@ def _body(place: str, data: bytes, fields: Mapping[str, object], given: Input) -
 def _text(place: str, fields: Mapping[str, object], name: str) -> str:
     if name not in fields:
         raise InputError(f"{place} has no {name}")
-    value = _value(fields[name])
-    if not isinstance(value, str) or not value or _UNSTORABLE.search(value):
+    value = value_of(fields[name])
+    if not isinstance(value, str) or not value or UNSTORABLE.search(value):
         raise InputError(f"{place} has a {name} that is not a text that can be stored")
     return value

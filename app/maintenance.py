@@ -1,9 +1,10 @@
 """Maintenance: what one elected process does for all. It runs inside every worker process.
 
-Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, and end
-what a deadline has overtaken.
-Every minute: partitions ahead, old ledger slots, workers long gone, and a look for two things that
-must never be: work that nobody is told of, and unstarted items below a floor.
+Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, end what a
+deadline has overtaken, and pause what has spent what it may. Every ten seconds: rollups.
+Every minute: partitions ahead, what retention lets go, old ledger slots, workers long gone, files that
+have expired, and a look for two things that must never be: work that nobody is told of, and unstarted
+items below a floor.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from uuid import UUID
 
 import psycopg
 
-from app import queue
+from app import batches, files, queue, reports, results, retention
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, WORK, Ringer
 from app.log import Log
@@ -26,6 +27,8 @@ _DUTY = "maintenance"
 _DUTY_S = 10.0
 _TICK_S = 1.0
 _ROUNDS_PER_SLOW = 60
+_ROUNDS_PER_ROLLUP = 10
+_MOST_ROLLUPS = 20  # transactions of one round, so that nothing else waits for long
 _DAYS_AHEAD = 3
 #: Reclaimed items wait this long, so that a crash loop does not spin.
 _RECLAIM_WAIT_S = 0.5
@@ -80,6 +83,9 @@ class Maintenance:
         await self._reclaim()
         await self._follow_cancels()
         await self._expire()
+        await self._pause_exhausted()
+        if self._rounds % _ROUNDS_PER_ROLLUP == 0:
+            await self._roll_up()
         if self._rounds % _ROUNDS_PER_SLOW == 0:
             await self._slow_round()
         self._rounds += 1
@@ -136,6 +142,22 @@ class Maintenance:
                 self._ringer.ring(EVENTS, {flow.batch_id})
             log.info("batch.expired", batch=flow.batch_id, items=total - 1)
 
+    async def _pause_exhausted(self) -> None:
+        async with self._db.connection() as conn:
+            found = await batches.exhausted(conn)
+        for batch in found:
+            async with self._db.transaction() as conn:
+                paused = await batches.pause_exhausted(conn, batch=batch)
+            if paused:
+                log.info("batch.exhausted", batch=batch.batch_id)
+                self._ringer.ring(EVENTS, {batch.batch_id})
+
+    async def _roll_up(self) -> None:
+        for _ in range(_MOST_ROLLUPS):
+            async with self._db.transaction() as conn:
+                if await reports.roll_up(conn) == 0:
+                    return
+
     async def _slow_round(self) -> None:
         today = datetime.now(UTC).date()  # noqa: TID251 - partitions are ahead by days
         for ahead in range(_DAYS_AHEAD + 1):
@@ -144,10 +166,14 @@ class Maintenance:
         async with self._db.connection() as conn:
             await queue.prune_ledger(conn, keep_hours=self._settings.ledger_keep_hours)
             await queue.forget_workers(conn)
+            await results.forget(conn)
+            while await files.prune(conn):
+                pass
             if woken := await queue.recompute_ready(conn):
                 log.error("ready.behind", resources=woken)
             for bug in await queue.below_floor(conn):
                 log.error("floor.passed", batch=bug.batch_id, items=bug.items)
+        await retention.tidy(self._db, self._settings)
 
 
 async def follow_cancel(

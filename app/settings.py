@@ -148,6 +148,20 @@ class Settings(BaseModel):
         ge=0,
         description="most bytes of their requests; 0: any number",
     )
+    max_file_bytes: int = Field(
+        default=512 * 1024 * 1024, ge=1024, description="largest file of /v1/files"
+    )
+    max_batch_file_bytes: int = Field(
+        default=200 * 1024 * 1024, ge=1024, description="largest file that a batch is made from"
+    )
+    batch_file_days: float = Field(
+        default=30.0, gt=0, description="files for batches are deleted after this"
+    )
+    validation_lease_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="silence after which another process validates a batch's file",
+    )
     max_response_bytes: int = Field(
         default=32 * 1024 * 1024, ge=1024, description="largest answer of a provider"
     )
@@ -166,6 +180,26 @@ class Settings(BaseModel):
     )
     usage_timeout_s: float = Field(
         default=30.0, gt=0, description="longest time that Postgres may think about one"
+    )
+    retention_days: int | None = Field(
+        default=None,
+        ge=1,
+        description="items, attempts and events are kept so long; absent: for ever",
+    )
+    retention_texts_days: int | None = Field(
+        default=None, ge=1, description="prompts and answers are kept so long; absent: as the items"
+    )
+    retention_attempts_days: int | None = Field(
+        default=None, ge=1, description="attempts, if shorter; absent: as the items"
+    )
+    retention_events_days: int | None = Field(
+        default=None, ge=1, description="events, if shorter; absent: as the items"
+    )
+    retention_minutes_days: int | None = Field(
+        default=400, ge=1, description="rollups by the minute are kept so long"
+    )
+    retention_hours_days: int | None = Field(
+        default=None, ge=1, description="rollups by the hour are kept so long; absent: for ever"
     )
     sse_keepalive_s: float = Field(default=15.0, gt=0, description="comment on a silent stream")
     sse_recheck_s: float = Field(

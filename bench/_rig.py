@@ -82,6 +82,7 @@ class Rig:
         self.committed_at = 0.0
         """When the last batch was committed, by ``time.perf_counter``."""
         self._simulator: subprocess.Popen[bytes] | None = None
+        self._apis: list[subprocess.Popen[bytes]] = []
         self._worker_log = worker_log
         # Settings of whoever runs the benchmark would lead the processes elsewhere.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(settings.PREFIX)}  # noqa: TID251 - for the programs it starts
@@ -148,6 +149,13 @@ class Rig:
         with self._worker_log.open("ab") as log:
             return subprocess.Popen(command, env=self.environment, stderr=log)
 
+    def start_api(self) -> tuple[subprocess.Popen[bytes], str]:
+        """An API process and its address; it ends with the rig."""
+        command = [sys.executable, "-m", "app.cli", "serve", "--port", "0"]
+        process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE)
+        self._apis.append(process)
+        return process, _address(process)
+
     async def start_workers(self, number: int) -> None:
         """Start so many and wait until all have begun, so that they compete from the first item."""
         self.workers += [self.start_worker() for _ in range(number)]
@@ -189,16 +197,14 @@ class Rig:
         process = self._simulator = subprocess.Popen(
             command, env=self.environment, stdout=subprocess.PIPE
         )
-        assert process.stdout is not None
-        if select.select([process.stdout], [], [], START_S)[0]:
-            for word in process.stdout.readline().decode().split():
-                if word.startswith("http://"):
-                    self.provider = word.rstrip(".,/").removesuffix("/v1")
-                    return
-        raise RuntimeError("the simulator did not start")
+        self.provider = _address(process).removesuffix("/v1")
 
     def _kill(self) -> None:
-        for process in (*self.workers, *([self._simulator] if self._simulator else [])):
+        for process in (
+            *self.workers,
+            *self._apis,
+            *([self._simulator] if self._simulator else []),
+        ):
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -321,3 +327,15 @@ class Rig:
         known = settings.load({"home": self.home})
         found = await doctor.examine(known, url=self.server.url, keyring=None)
         return [finding.what for finding in found if not finding.is_well]
+
+
+def _address(process: subprocess.Popen[bytes]) -> str:
+    """The first address that a process prints, which it does when it listens."""
+    assert process.stdout is not None
+    if select.select([process.stdout], [], [], START_S)[0]:
+        # What it prints comes at once; to look again with select would miss what is buffered.
+        for line in process.stdout:
+            for word in line.decode().split():
+                if word.startswith("http://"):
+                    return word.rstrip(".,/")
+    raise RuntimeError(f"{process.args!r} did not start")

@@ -47,7 +47,7 @@ comment on type member_role is 'What a user may do in a workspace: everything, e
 
 create type event_kind as enum (
     'batch-created', 'batch-running', 'batch-completed', 'batch-failed', 'batch-cancelled',
-    'item-running', 'item-completed', 'item-failed', 'item-retrying', 'item-cancelled'
+    'item-running', 'item-completed', 'item-failed', 'item-retrying', 'item-cancelled', 'batch-paused'
 );
 comment on type event_kind is 'What happened; the same word is the action of an SSE frame.';
 
@@ -57,6 +57,12 @@ comment on type happening is 'Scratch of events_append(): what to tell of a batc
 create type delivery_status as enum ('pending', 'delivered', 'dead');
 comment on type delivery_status is
     'State of a delivery. dead: given up, until somebody asks for it to be delivered again.';
+
+create type submission_status as enum ('validating', 'accepted', 'failed', 'cancelled');
+comment on type submission_status is 'What became of a batch that is to be made from a file.';
+
+create type result_kind as enum ('output', 'error');
+comment on type result_kind is 'Which file of a batch: the answers, or what ended without one.';
 
 create type claim_flow as (
     batch_id uuid, batch_day date, priority smallint, weight double precision, virtual_time double precision,
@@ -72,14 +78,14 @@ comment on type claim_candidate is 'Scratch of claim(): an item in line. Never s
 
 create type claim_pick as (
     flow int, seq int, attempt int, input_tokens int, output_tokens int, expected_output_tokens int,
-    impossible boolean
+    impossible boolean, cost_nano bigint
 );
 comment on type claim_pick is 'Scratch of claim(): an item admitted. Never stored.';
 
 create type taken_item as (
     workspace_id uuid, batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
     flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean,
-    timeout_ms int
+    timeout_ms int, cost_nano bigint
 );
 comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
 
@@ -89,7 +95,8 @@ create type budget as (
     input_tokens double precision, output_tokens double precision, paced_requests double precision,
     paced_tokens double precision, paced_input_tokens double precision,
     paced_output_tokens double precision, rate_requests double precision, rate_tokens double precision,
-    rate_input_tokens double precision, rate_output_tokens double precision
+    rate_input_tokens double precision, rate_output_tokens double precision, most_cost_nano bigint,
+    cost_nano double precision
 );
 comment on type budget is
     'Scratch of claim(): a limit, what of it is left, and what of that the even pace allows at once, with '
@@ -159,8 +166,12 @@ create table workspaces (
     quota_items bigint,
     quota_batches bigint,
     quota_bytes bigint,
+    keep_days int,
+    keep_texts_days int,
     constraint workspaces_pkey primary key (workspace_id),
-    constraint workspaces_quotas_not_negative check (least(quota_items, quota_batches, quota_bytes) >= 0)
+    constraint workspaces_quotas_not_negative check (least(quota_items, quota_batches, quota_bytes) >= 0),
+    constraint workspaces_keep_days_positive check (keep_days > 0),
+    constraint workspaces_keep_texts_days_positive check (keep_texts_days > 0)
 );
 comment on table workspaces is 'A tenant. No statement but an operator''s ever crosses one.';
 comment on column workspaces.workspace_id is 'UUIDv7, minted by the application.';
@@ -175,6 +186,10 @@ comment on column workspaces.quota_bytes is
     'Most bytes of their requests; 0: any number, null: what SLUICE_QUOTA_BYTES says.';
 comment on column workspaces.updated_at is 'When a person last changed it.';
 comment on column workspaces.deleted_at is 'Nobody enters it from then on; its history stays.';
+comment on column workspaces.keep_days is
+    'Its items, attempts and events are kept so many days; null: as SLUICE_RETENTION_DAYS says.';
+comment on column workspaces.keep_texts_days is
+    'Its prompts and answers are kept so many days; null: as SLUICE_RETENTION_TEXTS_DAYS says.';
 
 create table workspace_members (
     workspace_id uuid not null references workspaces,
@@ -489,18 +504,21 @@ create table limits (
     observed_at timestamptz,
     dimension text,
     parent_id uuid,
+    cost_nano bigint,
     constraint limits_pkey primary key (workspace_id, limit_id),
     constraint limits_scope_fkey foreign key (workspace_id, scope_id) references limit_scopes
         on delete cascade,
     constraint limits_parent_fkey foreign key (workspace_id, parent_id) references limits
         on delete cascade,
     constraint limits_limit_something check (
-        source = 'observed' or coalesce(requests, tokens, input_tokens, output_tokens) is not null
+        source = 'observed' or coalesce(requests, tokens, input_tokens, output_tokens, cost_nano) is not null
     ),
     constraint limits_requests_positive check (requests > 0),
     constraint limits_tokens_positive check (tokens > 0),
     constraint limits_input_tokens_positive check (input_tokens > 0),
     constraint limits_output_tokens_positive check (output_tokens > 0),
+    constraint limits_cost_positive check (cost_nano > 0),
+    constraint limits_cost_is_of_a_lifetime check (cost_nano is null or period = 'lifetime'),
     constraint limits_lifetime_never_slides check (not (sliding and period = 'lifetime'))
 );
 create index limits_by_scope on limits (workspace_id, scope_id);
@@ -528,6 +546,7 @@ comment on column limits.dimension is
     'source-ip, or metadata:FIELD: it is counted apart for every value, by the limits whose parent it is, '
     'and not itself. Null: no.';
 comment on column limits.parent_id is 'The limit with a dimension of which this counts one value.';
+comment on column limits.cost_nano is 'Most money per period, in billionths of the currency; null is any amount.';
 
 create table ledger (
     workspace_id uuid not null,
@@ -541,6 +560,7 @@ create table ledger (
     outside_requests bigint not null default 0,
     outside_input_tokens bigint not null default 0,
     outside_output_tokens bigint not null default 0,
+    cost_nano bigint not null default 0,
     constraint ledger_pkey primary key (workspace_id, limit_id, slot_at)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 comment on table ledger is
@@ -561,6 +581,8 @@ comment on column ledger.outside_requests is
     'Calls that the provider counts beyond ours, by its own counters: of other programs, for example.';
 comment on column ledger.outside_input_tokens is 'Tokens that the provider counts beyond ours; of both kinds if it does not tell them apart.';
 comment on column ledger.outside_output_tokens is 'Output tokens that the provider counts beyond ours.';
+comment on column ledger.cost_nano is
+    'Money in billionths: true where known, else reserved. Counted where a limit of the item bounds it.';
 
 -- Batches ----------------------------------------------------------------------------------------
 
@@ -590,9 +612,15 @@ create table batches (
     expires_at timestamptz,
     expired_at timestamptz,
     source_ip text,
+    redrives int not null default 0,
     created_by_user_id uuid,
     timeout_ms int,
     max_attempts smallint,
+    max_tokens bigint,
+    max_cost_nano bigint,
+    currency text,
+    pause_reason text,
+    texts_erased_at timestamptz,
     constraint batches_pkey primary key (workspace_id, batch_id),
     constraint batches_environment_fkey foreign key (workspace_id, environment_id)
         references environments,
@@ -601,6 +629,8 @@ create table batches (
     constraint batches_end_has_a_time check
         ((status in ('completed', 'failed')) <= (completed_at is not null)),
     constraint batches_cancel_has_a_time check ((status = 'cancelled') = (cancelled_at is not null)),
+    constraint batches_max_cost_has_a_currency check ((max_cost_nano is null) = (currency is null)),
+    constraint batches_pause_reason_known check (pause_reason in ('max-tokens', 'max-cost')),
     constraint batches_running_has_started check (status <> 'running' or started_at is not null),
     constraint batches_timeout_positive check (timeout_ms > 0),
     constraint batches_max_attempts_positive check (max_attempts > 0)
@@ -608,6 +638,7 @@ create table batches (
 create unique index batches_idempotency_key_unique
     on batches (workspace_id, environment_id, idempotency_key) where idempotency_key is not null;
 create index batches_newest on batches (workspace_id, environment_id, batch_id desc);
+create index batches_erasing on batches (batch_day) where texts_erased_at = 'infinity';
 comment on table batches is
     'What was submitted together. Changed only when its state changes: progress is in flows.';
 comment on column batches.workspace_id is 'The tenant.';
@@ -637,9 +668,17 @@ comment on column batches.weight is 'Its share among batches of the same priorit
 comment on column batches.expires_at is 'No item is begun from then on; null: no deadline.';
 comment on column batches.expired_at is 'When items were first given up because of that; null: never.';
 comment on column batches.source_ip is 'Address of the client that created it, for limits per address.';
+comment on column batches.redrives is 'How often failed items were put back; its error file begins anew each time.';
 comment on column batches.timeout_ms is
     'Longest time of one call as its creator wanted it, in milliseconds; null: that of the resource.';
 comment on column batches.max_attempts is 'Failures before an item fails, as its creator wanted it; null: the usual.';
+comment on column batches.max_tokens is 'It pauses when its calls have used so many tokens; null: any number.';
+comment on column batches.max_cost_nano is
+    'It pauses when its calls have cost so many billionths of the currency; null: any amount.';
+comment on column batches.currency is 'The currency of max_cost_nano.';
+comment on column batches.pause_reason is 'Which of both paused it; null: none, though people may have.';
+comment on column batches.texts_erased_at is
+    'When its prompts and answers were erased; infinity: that has been asked for and is going on.';
 
 create table flows (
     workspace_id uuid not null,
@@ -670,7 +709,11 @@ create table flows (
     waits_until timestamptz not null default '-infinity',
     waits_for uuid,
     request_bytes bigint not null default 0,
+    cached_tokens bigint not null default 0,
+    reasoning_tokens bigint not null default 0,
     is_aborted boolean not null default false,
+    cost_nano bigint not null default 0,
+    currency text,
     constraint flows_pkey primary key (workspace_id, batch_id, resource_id),
     constraint flows_counts_add_up check (pending + running + completed + failed + cancelled = total),
     constraint flows_counts_not_negative check (
@@ -719,7 +762,11 @@ comment on column flows.expires_at is 'The batch''s deadline; urgency rises towa
 comment on column flows.waits_until is 'Claims pass it by until then: a limit of its own is used up.';
 comment on column flows.waits_for is 'That limit; null: it waits for none.';
 comment on column flows.request_bytes is 'Size of its requests as they were submitted.';
+comment on column flows.cached_tokens is 'Those of its input tokens that the provider had cached.';
+comment on column flows.reasoning_tokens is 'Those of its output tokens that were reasoning.';
 comment on column flows.is_aborted is 'Cancelled with all its calls: workers cut those in flight.';
+comment on column flows.cost_nano is 'What its attempts cost, in billionths of the currency.';
+comment on column flows.currency is 'The currency of the latest price that was applied; null: none was.';
 
 create table ready (
     workspace_id uuid not null,
@@ -763,6 +810,7 @@ create table items (
     reserved_limits uuid[],
     expected_output_tokens int,
     timeout_ms int,
+    reserved_cost_nano bigint,
     constraint items_pkey primary key (workspace_id, batch_day, batch_id, seq),
     constraint items_timeout_positive check (timeout_ms > 0),
     constraint items_attempt_not_negative check (attempt >= 0 and failures >= 0 and crashes >= 0),
@@ -787,6 +835,8 @@ create index items_first on items (workspace_id, batch_id, resource_id, seq)
 create index items_again on items (workspace_id, batch_id, resource_id, visible_at, seq)
     where status = 'pending' and attempt > 0;
 create index items_running on items (visible_at) where status = 'running';
+-- The dead letters. Only what fails gets an entry.
+create index items_failed on items (workspace_id, resource_id, ended_at) where status = 'failed';
 comment on table items is
     'One request of a batch: its state only. Narrow, because it is updated two or three times. Its id '
     'is item_id(batch_id, seq).';
@@ -815,6 +865,8 @@ comment on column items.worker_id is 'Who holds the lease.';
 comment on column items.reserved_limits is 'The limits that the claim reserved from.';
 comment on column items.expected_output_tokens is 'What the claim added to the pace of each of them.';
 comment on column items.timeout_ms is 'Longest time of one call, in milliseconds; null: that of the resource.';
+comment on column items.reserved_cost_nano is
+    'What the claim took from limits of cost, in billionths; null: none bounds it.';
 
 create table item_requests (
     workspace_id uuid not null,
@@ -824,9 +876,10 @@ create table item_requests (
     custom_id text,
     body json not null,
     vmx jsonb,
+    erased_at timestamptz,
     constraint item_requests_pkey primary key (workspace_id, batch_day, batch_id, seq)
 ) partition by range (batch_day);
-comment on table item_requests is 'What is asked. Never changed.';
+comment on table item_requests is 'What is asked. Never changed but by its erasure.';
 comment on column item_requests.workspace_id is 'The tenant.';
 comment on column item_requests.batch_day is 'The batch''s day.';
 comment on column item_requests.batch_id is 'The batch.';
@@ -836,6 +889,7 @@ comment on column item_requests.body is
     'The request to the letter. json, not jsonb: key order, numbers and escapes stay as they came.';
 comment on column item_requests.vmx is
     'The body''s member of that name, which is for Sluice and not sent on; null: it has none.';
+comment on column item_requests.erased_at is 'When it and its answer were erased: both say null since.';
 
 create table item_results (
     workspace_id uuid not null,
@@ -855,7 +909,8 @@ create table item_results (
     constraint item_results_pkey primary key (workspace_id, batch_day, batch_id, seq),
     constraint item_results_answer_or_error check (error_code is not null or body is not null)
 ) partition by range (batch_day);
-comment on table item_results is 'What came back for an item that was answered or failed. Never changed.';
+comment on table item_results is
+    'What came back for an item that was answered or failed. Never changed but by its erasure.';
 comment on column item_results.workspace_id is 'The tenant.';
 comment on column item_results.batch_day is 'The batch''s day.';
 comment on column item_results.batch_id is 'The batch.';
@@ -899,10 +954,15 @@ create table attempts (
     cached_tokens int,
     reasoning_tokens int,
     expected_output_tokens int not null default 0,
+    cost_nano bigint,
+    currency text,
+    reserved_cost_nano bigint,
+    corrected_at timestamptz,
     constraint attempts_pkey primary key (workspace_id, batch_day, batch_id, seq, attempt),
     constraint attempts_attempt_positive check (attempt > 0)
 ) partition by range (batch_day);
 create index attempts_by_time on attempts using brin (ended_at) with (pages_per_range = 32);
+create index attempts_failed on attempts (workspace_id, resource_id, ended_at) where outcome <> 'answered';
 comment on table attempts is
     'One row per provider call, written when it ended; plus one correction when a lost one reports '
     'after all. With the running items it accounts for every number in the ledger.';
@@ -933,6 +993,11 @@ comment on column attempts.charged_output_tokens is 'Output tokens that stay: tr
 comment on column attempts.cached_tokens is 'Input tokens that the provider had cached.';
 comment on column attempts.reasoning_tokens is 'Output tokens that were reasoning.';
 comment on column attempts.expected_output_tokens is 'Output tokens that its claim expected on average.';
+comment on column attempts.cost_nano is
+    'What it cost by the price of its claim''s time, in billionths; null: no price was known, or it is lost.';
+comment on column attempts.currency is 'The currency of that price.';
+comment on column attempts.reserved_cost_nano is 'What its claim took from limits of cost; null: none bounds it.';
+comment on column attempts.corrected_at is 'When a lost call reported after all; null: it was not lost.';
 
 create table events (
     workspace_id uuid not null,
@@ -1089,6 +1154,322 @@ comment on column delivery_attempts.latency_ms is 'From its begin to its end, in
 comment on column delivery_attempts.status_code is 'The receiver''s HTTP status; null: there was no reply.';
 comment on column delivery_attempts.error_code is 'Class of the failure; null: it was delivered.';
 comment on column delivery_attempts.error_message is 'The same for people.';
+
+-- Files and the batches made from them ------------------------------------------------------------
+
+create table files (
+    workspace_id uuid not null,
+    file_id uuid not null,
+    environment_id uuid not null,
+    purpose text not null default '',
+    filename text not null default '',
+    bytes bigint,
+    begun_at timestamptz not null default now(),
+    uploaded_at timestamptz,
+    expires_at timestamptz,
+    constraint files_pkey primary key (workspace_id, file_id),
+    constraint files_environment_fkey foreign key (workspace_id, environment_id)
+        references environments,
+    constraint files_uploaded_have_a_size check ((uploaded_at is null) = (bytes is null))
+);
+create index files_newest on files (workspace_id, environment_id, file_id desc);
+create index files_expiring on files (expires_at) where expires_at is not null;
+create index files_unfinished on files (begun_at) where uploaded_at is null;
+comment on table files is 'What was uploaded. The contents are in file_chunks, which are written while it arrives.';
+comment on column files.workspace_id is 'The tenant.';
+comment on column files.file_id is 'UUIDv7, minted by the application; shown as file- and its hex digits.';
+comment on column files.environment_id is 'The environment it belongs to.';
+comment on column files.purpose is 'What for, in OpenAI''s words; batch: the input of a batch.';
+comment on column files.filename is 'Its name at the client.';
+comment on column files.bytes is 'Its size, once it is complete.';
+comment on column files.begun_at is 'When its upload began.';
+comment on column files.uploaded_at is 'When it was complete; null: it is still arriving, or was given up.';
+comment on column files.expires_at is 'It is deleted from then on; null: never.';
+
+create table file_chunks (
+    workspace_id uuid not null,
+    file_id uuid not null,
+    no int not null,
+    data bytea not null,
+    constraint file_chunks_pkey primary key (workspace_id, file_id, no),
+    constraint file_chunks_file_fkey foreign key (workspace_id, file_id) references files
+        on delete cascade
+);
+-- Not compressed: any range of a chunk can be read by itself, and an upload costs no time to compress.
+alter table file_chunks alter column data set storage external;
+comment on table file_chunks is 'The contents of files, in pieces of one size.';
+comment on column file_chunks.workspace_id is 'The tenant.';
+comment on column file_chunks.file_id is 'The file.';
+comment on column file_chunks.no is 'Number of the piece, from 0.';
+comment on column file_chunks.data is 'A mebibyte of it; the last one may be shorter.';
+
+create table submissions (
+    workspace_id uuid not null,
+    batch_id uuid not null,
+    environment_id uuid not null,
+    status submission_status not null default 'validating',
+    input_file_id uuid not null,
+    endpoint text not null,
+    completion_window text not null,
+    name text,
+    metadata jsonb not null default '{}',
+    priority smallint not null default 0,
+    weight real not null default 1,
+    output_expires_s int,
+    model text,
+    errors jsonb not null default '[]',
+    source_ip text,
+    idempotency_key text,
+    request_hash bytea,
+    created_by_api_key_id uuid not null,
+    created_at timestamptz not null default now(),
+    expires_at timestamptz not null,
+    decided_at timestamptz,
+    tries smallint not null default 0,
+    lease_id uuid,
+    leased_until timestamptz,
+    constraint submissions_pkey primary key (workspace_id, batch_id),
+    constraint submissions_environment_fkey foreign key (workspace_id, environment_id)
+        references environments,
+    constraint submissions_decided_has_a_time check ((status = 'validating') = (decided_at is null))
+);
+create unique index submissions_idempotency_key_unique
+    on submissions (workspace_id, environment_id, idempotency_key) where idempotency_key is not null;
+create index submissions_newest on submissions (workspace_id, environment_id, batch_id desc);
+create index submissions_validating on submissions (batch_id) where status = 'validating';
+comment on table submissions is
+    'A batch that is to be made from a file. The batch itself comes into being, whole, when every line of the '
+    'file has been found valid; so nothing of a file with a mistake ever runs.';
+comment on column submissions.workspace_id is 'The tenant.';
+comment on column submissions.batch_id is 'The batch that it becomes: UUIDv7, minted by the application.';
+comment on column submissions.environment_id is 'The environment it belongs to.';
+comment on column submissions.status is 'Whether it became a batch.';
+comment on column submissions.input_file_id is 'The file. It may be deleted once the batch is accepted.';
+comment on column submissions.endpoint is 'Path of the provider''s API that every line must name.';
+comment on column submissions.completion_window is 'The time it has, as the wire gave it.';
+comment on column submissions.name is 'For people.';
+comment on column submissions.metadata is 'The creator''s own facts.';
+comment on column submissions.priority is 'The priority that the batch begins with.';
+comment on column submissions.weight is 'The weight that the batch begins with.';
+comment on column submissions.output_expires_s is
+    'Its output and error files are shown for so many seconds from their first line on; null: as long as the batch.';
+comment on column submissions.model is 'The model that every line names; null: several, or not known yet.';
+comment on column submissions.errors is 'What is wrong with which line: the first hundred.';
+comment on column submissions.source_ip is 'Address of the client, for limits per address.';
+comment on column submissions.idempotency_key is 'A second creation with the same key returns this one.';
+comment on column submissions.request_hash is 'SHA-256 of the creating request, to tell a true repeat.';
+comment on column submissions.created_by_api_key_id is 'The key that created it, which must be able to use every model.';
+comment on column submissions.created_at is 'When it was taken in.';
+comment on column submissions.expires_at is 'No item is begun from then on.';
+comment on column submissions.decided_at is 'When it was accepted, found invalid or cancelled.';
+comment on column submissions.tries is 'How often somebody began to validate it.';
+comment on column submissions.lease_id is 'Who validates it: the fencing number of that try.';
+comment on column submissions.leased_until is 'From then on another may validate it.';
+
+create table result_files (
+    workspace_id uuid not null,
+    batch_id uuid not null,
+    kind result_kind not null,
+    bytes bigint not null default 0,
+    indexed_no bigint not null default 0,
+    begun_at timestamptz,
+    deleted_at timestamptz,
+    constraint result_files_pkey primary key (workspace_id, batch_id, kind)
+);
+comment on table result_files is
+    'How far the lines of a batch''s output or error file have been measured. The lines themselves are items and '
+    'their results, in the order of the batch''s events. Made when somebody first looks at the file.';
+comment on column result_files.workspace_id is 'The tenant.';
+comment on column result_files.batch_id is 'The batch.';
+comment on column result_files.kind is 'Which of its files.';
+comment on column result_files.bytes is 'Size of all lines up to indexed_no.';
+comment on column result_files.indexed_no is 'Number of the last event that was looked at.';
+comment on column result_files.begun_at is 'When its first line came to be; null: there is none.';
+comment on column result_files.deleted_at is 'From then on the file is not shown any more.';
+
+create table result_parts (
+    workspace_id uuid not null,
+    batch_id uuid not null,
+    kind result_kind not null,
+    begin bigint not null,
+    bytes bigint not null,
+    first_no bigint not null,
+    last_no bigint not null,
+    constraint result_parts_pkey primary key (workspace_id, batch_id, kind, begin),
+    constraint result_parts_file_fkey foreign key (workspace_id, batch_id, kind) references result_files
+        on delete cascade,
+    constraint result_parts_not_empty check (bytes > 0 and first_no <= last_no)
+);
+comment on table result_parts is
+    'Where in an output or error file the lines of which events are, so that any range is found at once. A part '
+    'has whole lines, some hundred kilobytes of them.';
+comment on column result_parts.workspace_id is 'The tenant.';
+comment on column result_parts.batch_id is 'The batch.';
+comment on column result_parts.kind is 'Which of its files.';
+comment on column result_parts.begin is 'Offset of its first byte.';
+comment on column result_parts.bytes is 'Its size.';
+comment on column result_parts.first_no is 'Number of the event of its first line.';
+comment on column result_parts.last_no is 'Number of the event of its last line.';
+
+-- Money and reports -------------------------------------------------------------------------------
+
+create table prices (
+    price_id uuid not null,
+    workspace_id uuid references workspaces on delete cascade,
+    model text not null,
+    model_like text not null generated always as (
+        replace(replace(replace(replace(model, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%')
+    ) stored,
+    input_per_million numeric not null,
+    cached_per_million numeric,
+    output_per_million numeric not null,
+    currency text not null,
+    valid_from timestamptz not null,
+    created_at timestamptz not null default now(),
+    constraint prices_pkey primary key (price_id),
+    constraint prices_unique unique nulls not distinct (workspace_id, model, valid_from),
+    constraint prices_model_not_empty check (model <> ''),
+    constraint prices_not_negative check (least(input_per_million, cached_per_million, output_per_million) >= 0),
+    constraint prices_currency_is_iso check (currency ~ '^[A-Z]{3}$')
+);
+comment on table prices is
+    'What models cost, for every workspace or for one. What an attempt cost was computed when it was settled: '
+    'a price that comes later changes no history.';
+comment on column prices.price_id is 'UUIDv7, minted by the application.';
+comment on column prices.workspace_id is 'Whose price it is; null: everyone''s who has none of its own.';
+comment on column prices.model is 'The model''s name; * stands for any characters. The most specific one counts.';
+comment on column prices.model_like is 'The same as a pattern of LIKE.';
+comment on column prices.input_per_million is 'Price of a million input tokens, in the currency.';
+comment on column prices.cached_per_million is 'The same of those that the provider had cached; null: as the others.';
+comment on column prices.output_per_million is 'Price of a million output tokens, in the currency.';
+comment on column prices.currency is 'ISO 4217, such as USD.';
+comment on column prices.valid_from is 'It counts for calls claimed from then on, until a later one does.';
+comment on column prices.created_at is 'When the row was made.';
+
+create table report_grants (
+    role_name name not null,
+    workspace_id uuid references workspaces on delete cascade,
+    with_texts boolean not null,
+    created_at timestamptz not null default now(),
+    constraint report_grants_pkey primary key (role_name)
+);
+comment on table report_grants is
+    'Whose rows a login may see in the views of schema report. A login without a row sees none.';
+comment on column report_grants.role_name is 'The login, as session_user says it.';
+comment on column report_grants.workspace_id is 'The only workspace it sees; null: all.';
+comment on column report_grants.with_texts is 'Whether it may read prompts and answers.';
+comment on column report_grants.created_at is 'When the row was made.';
+
+create table rollup_due (
+    batch_day date not null,
+    minute_at timestamptz not null
+);
+comment on table rollup_due is
+    'Minutes whose attempts have changed since they were rolled up: written by whoever writes attempts, in the '
+    'same transaction, so that no late correction is missed. Without a key: nobody waits for anybody.';
+comment on column rollup_due.batch_day is 'The partition of the attempts.';
+comment on column rollup_due.minute_at is 'The minute in which they ended.';
+
+create table rollup_minutes (
+    workspace_id uuid not null,
+    minute_at timestamptz not null,
+    batch_day date not null,
+    resource_id uuid not null,
+    outcome attempt_outcome not null,
+    error_code text not null,
+    currency text not null,
+    calls bigint not null,
+    retries bigint not null,
+    input_tokens bigint not null,
+    cached_tokens bigint not null,
+    output_tokens bigint not null,
+    cost_nano bigint not null,
+    constraint rollup_minutes_pkey primary key (
+        workspace_id, minute_at, batch_day, resource_id, outcome, error_code, currency)
+);
+create index rollup_minutes_due on rollup_minutes (batch_day, minute_at);
+comment on table rollup_minutes is 'Attempts that ended in a minute, counted: outlives them.';
+comment on column rollup_minutes.workspace_id is 'The tenant.';
+comment on column rollup_minutes.minute_at is 'When the minute began.';
+comment on column rollup_minutes.batch_day is 'The partition of the attempts: what is counted anew when they change.';
+comment on column rollup_minutes.resource_id is 'The resource called.';
+comment on column rollup_minutes.outcome is 'How the calls ended.';
+comment on column rollup_minutes.error_code is 'Class of the failure; empty: answered.';
+comment on column rollup_minutes.currency is 'Currency of the cost; empty: no price was known.';
+comment on column rollup_minutes.calls is 'How many calls.';
+comment on column rollup_minutes.retries is 'Those of them that were not their item''s first.';
+comment on column rollup_minutes.input_tokens is 'Input tokens of answers, as the provider counted.';
+comment on column rollup_minutes.cached_tokens is 'Those of them that the provider had cached.';
+comment on column rollup_minutes.output_tokens is 'Output tokens of answers, as the provider counted.';
+comment on column rollup_minutes.cost_nano is 'What they cost, in billionths of the currency.';
+
+create table rollup_hours (
+    workspace_id uuid not null,
+    hour_at timestamptz not null,
+    resource_id uuid not null,
+    outcome attempt_outcome not null,
+    error_code text not null,
+    currency text not null,
+    calls bigint not null,
+    retries bigint not null,
+    input_tokens bigint not null,
+    cached_tokens bigint not null,
+    output_tokens bigint not null,
+    cost_nano bigint not null,
+    constraint rollup_hours_pkey primary key (
+        workspace_id, hour_at, resource_id, outcome, error_code, currency)
+);
+create index rollup_hours_due on rollup_hours (hour_at);
+comment on table rollup_hours is 'The same by the hour: outlives the minutes.';
+comment on column rollup_hours.workspace_id is 'The tenant.';
+comment on column rollup_hours.hour_at is 'When the hour began.';
+comment on column rollup_hours.resource_id is 'The resource called.';
+comment on column rollup_hours.outcome is 'How the calls ended.';
+comment on column rollup_hours.error_code is 'Class of the failure; empty: answered.';
+comment on column rollup_hours.currency is 'Currency of the cost; empty: no price was known.';
+comment on column rollup_hours.calls is 'How many calls.';
+comment on column rollup_hours.retries is 'Those of them that were not their item''s first.';
+comment on column rollup_hours.input_tokens is 'Input tokens of answers, as the provider counted.';
+comment on column rollup_hours.cached_tokens is 'Those of them that the provider had cached.';
+comment on column rollup_hours.output_tokens is 'Output tokens of answers, as the provider counted.';
+comment on column rollup_hours.cost_nano is 'What they cost, in billionths of the currency.';
+
+create table rollup_latency_minutes (
+    workspace_id uuid not null,
+    minute_at timestamptz not null,
+    batch_day date not null,
+    resource_id uuid not null,
+    latency_buckets jsonb not null,
+    wait_buckets jsonb not null,
+    constraint rollup_latency_minutes_pkey primary key (workspace_id, minute_at, batch_day, resource_id)
+);
+create index rollup_latency_minutes_due on rollup_latency_minutes (batch_day, minute_at);
+comment on table rollup_latency_minutes is
+    'How long answers of a minute took, as counts by duration_bucket().';
+comment on column rollup_latency_minutes.workspace_id is 'The tenant.';
+comment on column rollup_latency_minutes.minute_at is 'When the minute began.';
+comment on column rollup_latency_minutes.batch_day is 'The partition of the attempts.';
+comment on column rollup_latency_minutes.resource_id is 'The resource called.';
+comment on column rollup_latency_minutes.latency_buckets is 'Answers by the provider''s time.';
+comment on column rollup_latency_minutes.wait_buckets is
+    'Answers to first attempts by the time from the batch''s acceptance to the claim.';
+
+create table rollup_latency_hours (
+    workspace_id uuid not null,
+    hour_at timestamptz not null,
+    resource_id uuid not null,
+    latency_buckets jsonb not null,
+    wait_buckets jsonb not null,
+    constraint rollup_latency_hours_pkey primary key (workspace_id, hour_at, resource_id)
+);
+create index rollup_latency_hours_due on rollup_latency_hours (hour_at);
+comment on table rollup_latency_hours is 'The same by the hour: outlives the minutes.';
+comment on column rollup_latency_hours.workspace_id is 'The tenant.';
+comment on column rollup_latency_hours.hour_at is 'When the hour began.';
+comment on column rollup_latency_hours.resource_id is 'The resource called.';
+comment on column rollup_latency_hours.latency_buckets is 'Answers by the provider''s time.';
+comment on column rollup_latency_hours.wait_buckets is
+    'Answers to first attempts by the time from the batch''s acceptance to the claim.';
 
 -- Processes --------------------------------------------------------------------------------------
 

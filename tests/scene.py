@@ -646,6 +646,7 @@ class Scene:
         assert await self.rows(RECOUNT_FLOWS, self.workspace_id) == []
         assert await self.rows(RECOUNT_LEDGER, self.workspace_id) == []
         assert await self.rows(RECOUNT_EVENTS, self.workspace_id, self.workspace_id) == []
+        assert await self.rows(RECOUNT_COSTS, self.workspace_id) == []
         assert await self.rows(RECOUNT_ATTEMPTS, self.workspace_id) == []
         assert await self.rows(LOST_WAKE_UPS, self.workspace_id) == []
 
@@ -680,18 +681,19 @@ _RECOUNT = """
             charged_input_tokens as input_tokens, charged_output_tokens as output_tokens,
             case when outcome = 'lost' then expected_output_tokens else charged_output_tokens end
                 as expected_output_tokens,
-            (outcome = 'throttled')::int as refused
+            (outcome = 'throttled')::int as refused,
+            case when reserved_cost_nano is null then 0 else coalesce(cost_nano, reserved_cost_nano) end as cost_nano
         from attempts join tenant using (workspace_id) cross join unnest(reserved_limits) as limit_id
         union all
         select workspace_id, limit_id, claimed_at, 1, reserved_input_tokens, reserved_output_tokens,
-            expected_output_tokens, 0
+            expected_output_tokens, 0, coalesce(reserved_cost_nano, 0)
         from items join tenant using (workspace_id) cross join unnest(reserved_limits) as limit_id
         where status = 'running'
     ),
     recount as (
         select c.workspace_id, c.limit_id, slot_of(l.period, l.sliding, c.claimed_at) as slot_at,
             array[sum(c.requests), sum(c.input_tokens), sum(c.output_tokens),
-                sum(c.expected_output_tokens), sum(c.refused)]::bigint[] as amounts
+                sum(c.expected_output_tokens), sum(c.refused), sum(c.cost_nano)]::bigint[] as amounts
         from charged c join limits l using (workspace_id, limit_id)
         group by 1, 2, 3
     )
@@ -704,12 +706,13 @@ RECOUNT_LEDGER = (
     select g.*, r.*
     from (
         select workspace_id, limit_id, slot_at,
-            array[g.requests, g.input_tokens, g.output_tokens, g.expected_output_tokens, g.refused] as amounts
+            array[g.requests, g.input_tokens, g.output_tokens, g.expected_output_tokens, g.refused, g.cost_nano]
+                as amounts
         from ledger g join tenant using (workspace_id)
         join limits using (workspace_id, limit_id)
     ) g
     full join recount r using (workspace_id, limit_id, slot_at)
-    where coalesce(g.amounts, '{0,0,0,0,0}') <> coalesce(r.amounts, '{0,0,0,0,0}')
+    where coalesce(g.amounts, '{0,0,0,0,0,0}') <> coalesce(r.amounts, '{0,0,0,0,0,0}')
 """
 )
 
@@ -745,6 +748,18 @@ RECOUNT_EVENTS = """
         where e.workspace_id = i.workspace_id and e.batch_id = i.batch_id and i.seq = any (e.seqs)
             and e.kind::text = 'item-' || i.status::text
     )
+"""
+
+#: Flows whose cost is not the sum of their attempts' costs.
+RECOUNT_COSTS = """
+    select f.batch_id, f.cost_nano, a.cost_nano
+    from flows f
+    cross join lateral (
+        select coalesce(sum(a.cost_nano), 0) as cost_nano
+        from attempts a
+        where a.workspace_id = f.workspace_id and a.batch_id = f.batch_id and a.resource_id = f.resource_id
+    ) a
+    where f.workspace_id = %s and f.cost_nano <> a.cost_nano
 """
 
 #: Items whose attempts are numbered otherwise than 1, 2, …, the present one (unsent ones have no row).

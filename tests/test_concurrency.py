@@ -782,7 +782,16 @@ async def test_a_worker_id_is_no_password(scene: Scene) -> None:
 async def test_a_claim_leaves_out_a_batch_whose_limits_are_being_changed(scene: Scene) -> None:
     """Whoever changes limits has their mutex before any row of the batch: neither waits in a circle."""
     batch = await scene.submit(3)
-    to = batches.Steering(priority=5, weight=1, expires_at=None, capacity=[])
+    to = batches.Steering(
+        priority=5,
+        weight=1,
+        expires_at=None,
+        capacity=[],
+        max_tokens=None,
+        max_cost_nano=None,
+        currency=None,
+        pause_reason=None,
+    )
     amounts = [Amount(period="minute", requests=2)]
 
     async def change(conn: Connection) -> None:

@@ -94,7 +94,7 @@ async def test_five_hundred_items_take_two_commits_and_few_statements(
             "select xmin::text from items union all select xmin::text from attempts"
             " union all select xmin::text from item_results union all select xmin::text from ledger"
             " union all select xmin::text from events where kind <> 'batch-created'"
-            " union all select xmin::text from flows union all select xmin::text from ready"
+            " union all select xmin::text from flows"
             ") w (writer)"
         )
         assert writers == 2

@@ -337,7 +337,7 @@ class History(RuleBasedStateMachine):
                     outputs = sum(c.output_tokens for c in used)
                     for most, total in zip(
                         bound.amount.bounds,
-                        (requests, inputs + outputs, inputs, outputs),
+                        (requests, inputs + outputs, inputs, outputs, 0),
                         strict=True,
                     ):
                         assert most is None or total <= most, (bound, requests, inputs, outputs)

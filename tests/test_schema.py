@@ -13,7 +13,7 @@ FINGERPRINTS = {
         from pg_attribute a
         join pg_class c on c.oid = a.attrelid
         left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
-        where c.relnamespace = 'public'::regnamespace and a.attnum > 0 and not a.attisdropped
+        where c.relnamespace = any ('{public,report}'::regnamespace[]) and a.attnum > 0 and not a.attisdropped
             and c.relkind in ('r', 'p', 'v', 'c') and not c.relispartition
     """,
     "constraints": """
@@ -31,6 +31,12 @@ FINGERPRINTS = {
         select relname, reloptions::text from pg_class
         where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relispartition
     """,
+    "views": """
+        select schemaname, viewname, definition,
+            (select c.reloptions::text from pg_class c
+                where c.oid = (quote_ident(schemaname) || '.' || quote_ident(viewname))::regclass)
+        from pg_views where schemaname in ('public', 'report')
+    """,
     "functions": """
         select proname, pg_get_functiondef(oid), obj_description(oid) from pg_proc
         where pronamespace = 'public'::regnamespace
@@ -43,7 +49,7 @@ FINGERPRINTS = {
         select c.relname, a.attname, d.description from pg_description d
         join pg_class c on c.oid = d.objoid and d.classoid = 'pg_class'::regclass
         left join pg_attribute a on a.attrelid = c.oid and a.attnum = d.objsubid and a.attnum > 0
-        where c.relnamespace = 'public'::regnamespace and not c.relispartition
+        where c.relnamespace = any ('{public,report}'::regnamespace[]) and not c.relispartition
     """,
 }
 
@@ -78,7 +84,7 @@ def test_everything_is_explained(shared_database: str) -> None:
             select c.relname || coalesce('.' || a.attname, '')
             from pg_class c
             left join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-            where c.relnamespace = 'public'::regnamespace
+            where c.relnamespace = any ('{public,report}'::regnamespace[])
                 and c.relkind in ('r', 'p', 'v')
                 and not c.relispartition
                 and (col_description(c.oid, a.attnum) is null or obj_description(c.oid) is null)

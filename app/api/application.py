@@ -18,6 +18,9 @@ from app.api import (
     errors,
     health,
     keys,
+    openai_batches,
+    openai_files,
+    openai_wire,
     resources,
     usage,
     webhook_endpoints,
@@ -35,6 +38,7 @@ from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
 from app.supervision import Supervisor
+from app.validator import Validator
 
 log = Log("api")
 
@@ -45,13 +49,15 @@ _BACKLOG = 2048
 def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url: str) -> Litestar:
     """The API on a pool that is open. ``listen_url`` reaches Postgres past any pooler."""
     hub = Hub(db, keepalive_s=settings.sse_keepalive_s, recheck_s=settings.sse_recheck_s)
+    ringer = Ringer(db)
     context = Context(
         settings=settings,
         db=db,
         keyring=keyring,
         listen_url=listen_url,
-        ringer=Ringer(db),
+        ringer=ringer,
         hub=hub,
+        validator=Validator(settings, db, ringer=ringer),
         issuer=_issuer(settings),
     )
 
@@ -68,6 +74,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         supervisor.start("look", hub.look)
         supervisor.start("ping", hub.ping)
         supervisor.start("recheck", hub.recheck)
+        supervisor.start("validator", context.validator.run)
         try:
             yield
         finally:
@@ -91,6 +98,8 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
                     deliveries.router,
                     connections.router,
                     resources.router,
+                    openai_files.router,
+                    openai_batches.router,
                     keys.router,
                     workspaces.router,
                     webhook_endpoints.router,
@@ -101,7 +110,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         ],
         lifespan=[running],
         dependencies={"context": Provide(given, sync_to_thread=False)},
-        exception_handlers={**errors.HANDLERS},
+        exception_handlers={**openai_wire.handlers(prefix)},
         before_send=[errors.stamp],
         plugins=[PydanticPlugin(prefer_alias=True)],
         openapi_config=documentation(prefix),

@@ -23,6 +23,7 @@ from app import (
     capacity,
     forecast,
     items,
+    prices,
     queue,
     resources,
     webhooks,
@@ -31,6 +32,7 @@ from app import (
 from app.access import Principal
 from app.api import (
     described,
+    erasure,
     ingest,
     pages,
     query,
@@ -107,6 +109,16 @@ def _steering() -> dict[str, Schema]:
         "capacity": described.capacity(),
         "completionWindow": described.window,
         "expiresAt": described.moment,
+        "maxTokens": Schema(
+            type=OpenAPIType.INTEGER,
+            minimum=1,
+            description="the batch pauses when so many are used",
+        ),
+        "maxCost": Schema(
+            type=OpenAPIType.NUMBER,
+            exclusive_minimum=0,
+            description="the batch pauses when so much is spent, in the currency of the prices",
+        ),
     }
 
 
@@ -451,7 +463,7 @@ async def cancel(
     async with context.db.connection() as conn:
         batch = await batch_for(conn, caller, batch_id)
     if not batch.is_finished:
-        context.spawn(_mark(context, batch))
+        context.spawn(mark_cancelled(context, batch))
     return Response(wire.encode(wire_batches.batch_body(batch)), media_type="application/json")
 
 
@@ -491,10 +503,29 @@ async def change(
             to = replace(to, weight=wanted.weight)
         if "capacity" in given:
             to = replace(to, capacity=wire_capacity.capacity_entries(wanted.capacity))
+        if "max_tokens" in given:
+            to = replace(to, max_tokens=wanted.max_tokens)
+        if "max_cost" in given:
+            to = await _with_max_cost(conn, key=caller, batch_id=batch_id, to=to, wanted=wanted)
         resources = await _steer(
             conn, key=caller, batch_id=batch_id, held=held, to=to, wanted=wanted
         )
     return await _changed(context, caller, batch_id, resources)
+
+
+async def _with_max_cost(
+    conn: Connection,
+    *,
+    key: Principal,
+    batch_id: UUID,
+    to: Steering,
+    wanted: wire_batches.BatchPatch,
+) -> Steering:
+    if wanted.max_cost is None:
+        return replace(to, max_cost_nano=None, currency=None)
+    used = await batches.resource_ids(conn, workspace_id=key.workspace_id, batch_id=batch_id)
+    currency = await prices.currency_of(conn, workspace_id=key.workspace_id, resource_ids=used)
+    return replace(to, max_cost_nano=round(wanted.max_cost * prices.NANO), currency=currency)
 
 
 async def _steer(
@@ -517,9 +548,16 @@ async def _steer(
             workspace_id=key.workspace_id,
             batch_id=batch_id,
             to=to,
-            amounts=wire_capacity.amounts(wanted.capacity) if "capacity" in given else None,
+            amounts=[
+                *wire_capacity.stored_amounts(to.capacity),
+                *batches.budget(to.max_tokens, to.max_cost_nano),
+            ]
+            if not given.isdisjoint({"capacity", "max_tokens", "max_cost"})
+            else None,
         )
-    if "is_paused" in given and not wanted.is_paused:
+    # What paused it may not hold any more; if it does, it pauses again.
+    is_raised = held.pause_reason is not None and not given.isdisjoint({"max_tokens", "max_cost"})
+    if ("is_paused" in given and not wanted.is_paused) or (is_raised and "is_paused" not in given):
         resources = await batches.resume(conn, workspace_id=key.workspace_id, batch_id=batch_id)
     return resources
 
@@ -729,7 +767,7 @@ async def _mark_first(context: Context, batch: Batch) -> None:
             return
 
 
-async def _mark(context: Context, batch: Batch) -> None:
+async def mark_cancelled(context: Context, batch: Batch) -> None:
     """Let rows and events of a cancelled batch follow; what is left over is maintenance's."""
     try:
         while await _mark_some(context, batch):
@@ -762,6 +800,8 @@ router = Router(
         list_batches,
         read,
         change,
+        erasure.erase_batch,
+        erasure.erase_item,
         results.list_items,
         results.results,
         results.read_item,

@@ -16,11 +16,12 @@ from app.forecast import Clockwork
 from app.oidc import Issuer
 from app.secrets import Keyring
 from app.settings import Settings
+from app.validator import Validator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The process's settings, pool, keys, doorbell and streams.
+    """The process's settings, pool, keys, doorbell, streams and validator of files.
 
     ``listen_url`` reaches Postgres itself. ``keys_noted``: when the last use of an api key was
     written, by this loop's clock. ``issuer``: who vouches for users, if there is one.
@@ -32,6 +33,7 @@ class Context:
     listen_url: str
     ringer: Ringer
     hub: Hub
+    validator: Validator
     issuer: Issuer | None
     keys_noted: dict[UUID, float] = field(default_factory=dict[UUID, float])
     chores: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])

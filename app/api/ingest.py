@@ -25,7 +25,16 @@ import msgspec
 from litestar.exceptions import InternalServerException
 from pydantic import ValidationError as PydanticError
 
-from app import batches, capacity, forecast, quotas, resources, webhooks, workspaces
+from app import (
+    batches,
+    capacity,
+    forecast,
+    prices,
+    quotas,
+    resources,
+    webhooks,
+    workspaces,
+)
 from app.access import Principal
 from app.api import auth
 from app.api.context import Context
@@ -49,6 +58,7 @@ from app.errors import (
 from app.forecast import Plan
 from app.log import Log
 from app.resources import Resource
+from app.validator import quota_of
 
 log = Log("api")
 
@@ -153,6 +163,13 @@ async def create_batch(context: Context, request: AnyRequest, key: Principal) ->
         batch = _new_batch(context, request, key, head, cast("BatchType", head.type.lower()))
         if options is not None:
             batch = _with_callback(context, batch, options)
+        if batch.max_cost_nano is not None:
+            async with context.db.connection() as conn:
+                used = [resource.resource_id for resource in by_reference.values()]
+                currency = await prices.currency_of(
+                    conn, workspace_id=key.workspace_id, resource_ids=used
+                )
+            batch = replace(batch, currency=currency)
         batch = replace(batch, idempotency_key=idempotency_key, request_hash=body.sha256)
         async with context.db.connection() as conn:
             await batches.prepare_day(conn, batch)
@@ -169,7 +186,7 @@ async def create_batch(context: Context, request: AnyRequest, key: Principal) ->
                 if known is not None:
                     return Created(batch_id=known, type=batch.type, replayed=True)
             batch = replace(batch, expires_at=await _deadline(conn, head))
-            quota = _quota(context)
+            quota = quota_of(context.settings)
             if found.items > _FEW:
                 # So much is not written in vain. Whoever comes between now and the commit counts then.
                 added = quotas.Amounts(items=found.items, batches=1, bytes=0)
@@ -244,7 +261,7 @@ async def estimate_batch(context: Context, request: AnyRequest, key: Principal) 
             batch_id=batch.batch_id,
             api_key_id=key.api_key_id,
             appraisal=appraiser.found,
-            amounts=batch.amounts,
+            amounts=batch.bounds,
             priority=batch.priority,
             weight=batch.weight,
             expires_at=expires_at,
@@ -253,13 +270,6 @@ async def estimate_batch(context: Context, request: AnyRequest, key: Principal) 
             clockwork=context.clockwork,
         )
     return Estimated(appraisal=appraiser.found, plan=plan, expires_at=expires_at)
-
-
-def _quota(context: Context) -> quotas.Amounts:
-    settings = context.settings
-    return quotas.Amounts(
-        items=settings.quota_items, batches=settings.quota_batches, bytes=settings.quota_bytes
-    )
 
 
 def _new_batch(
@@ -275,6 +285,8 @@ def _new_batch(
         amounts=amounts(head.capacity),
         priority=head.priority,
         weight=head.weight,
+        max_tokens=head.max_tokens,
+        max_cost_nano=None if head.max_cost is None else round(head.max_cost * prices.NANO),
         # The peer of the connection: behind a proxy that is the proxy's own address.
         source_ip=request.client.host if request.client is not None else None,
         max_attempts=head.max_attempts or context.settings.max_attempts,

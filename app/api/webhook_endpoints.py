@@ -4,9 +4,8 @@ The tenant is the caller's key's workspace and environment. An endpoint is told 
 of its environment, whichever API made it.
 """
 
-from typing import Annotated, Final, cast
+from typing import Annotated, Final
 
-import msgspec
 from litestar import Response, Router, delete, get, post
 from litestar.di import Provide
 from litestar.params import JSONBody, PathParameter, QueryParameter
@@ -18,7 +17,8 @@ from app.api import auth, query, wire, wire_webhooks
 from app.api.auth import Caller, authenticate, require_everything
 from app.api.context import Given
 from app.api.described import Answer
-from app.api.errors import HANDLERS, AnyRequest, ErrorBody, Handler
+from app.api.errors import AnyRequest
+from app.api.openai_wire import ErrorAnswer
 from app.courier import Courier, Message
 from app.db import Connection
 from app.errors import NotFoundError, Problem, RequestError, SecretError, ValidationError
@@ -29,22 +29,6 @@ from app.webhooks import EVENT_TYPES, Endpoint
 log = Log("api")
 
 EndpointId = Annotated[str, PathParameter(name="webhookEndpointId")]
-
-
-class ErrorObject(msgspec.Struct, kw_only=True, frozen=True):
-    """A refusal; ``param`` is the field that is wrong, if it is one."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorAnswer(msgspec.Struct, kw_only=True, frozen=True):
-    """What every refusal of these routes looks like: as OpenAI's."""
-
-    error: ErrorObject
-
 
 #: One refusal that is described is taken for the shape of all of a route's; see documentation.
 WRONG: Final = Answer(ErrorAnswer, description="Something is wrong with the request")
@@ -335,38 +319,6 @@ def _answer(body: object) -> Response[bytes]:
     return Response(wire.encode(body), media_type="application/json")
 
 
-_TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_INTERNAL: Final = 500
-
-
-def _in_openai_shape(handler: Handler) -> Handler:
-    """The same refusal as OpenAI's SDK reads it."""
-
-    def refused(request: AnyRequest, error: Exception) -> Response[bytes]:
-        plain = handler(request, error)
-        told = msgspec.json.decode(plain.content, type=ErrorBody)
-        status = plain.status_code or _INTERNAL
-        kind = "server_error" if status >= _INTERNAL else "invalid_request_error"
-        problems = told.details.get("errors")
-        first = cast("list[dict[str, str]]", problems)[0] if problems else {}
-        body = ErrorAnswer(
-            error=ErrorObject(
-                message=told.errorMessage,
-                type=_TYPES.get(status, kind),
-                param=first.get("path"),
-                code=told.errorCode.lower(),
-            )
-        )
-        return Response(
-            wire.encode(body),
-            status_code=status,
-            media_type="application/json",
-            headers={name: str(value) for name, value in plain.headers.items()},
-        )
-
-    return refused
-
-
 router = Router(
     "/v1",
     route_handlers=[
@@ -381,6 +333,5 @@ router = Router(
     ],
     guards=[authenticate],
     dependencies={"caller": Provide(auth.caller)},
-    exception_handlers={kind: _in_openai_shape(handler) for kind, handler in HANDLERS.items()},
     tags=["Webhooks"],
 )

@@ -40,6 +40,7 @@ from app.errors import Problem
 from app.forecast import Outlook, Plan
 from app.ids import item_id
 from app.items import Attempt, Item
+from app.prices import NANO
 
 WireStatus = Literal["PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"]
 WireType = Literal["SYNC", "ASYNC", "CALLBACK"]
@@ -134,6 +135,13 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     calls: list[AttemptBody] | UnsetType = UNSET
 
 
+class PauseReasonBody(Answer, kw_only=True, frozen=True):
+    """Why a batch was paused other than by people."""
+
+    code: Literal["MAX_TOKENS_REACHED", "MAX_COST_REACHED"]
+    message: str
+
+
 class BatchBody(Answer, kw_only=True, frozen=True):
     """A batch. ``totalOutputTokens`` and ``totalCompletionTokens`` are the same number.
 
@@ -154,6 +162,12 @@ class BatchBody(Answer, kw_only=True, frozen=True):
     max_attempts: int | None
     timeout_ms: int | None
     idempotency_key: str | None
+    pause_reason: PauseReasonBody | None
+    max_tokens: int | None
+    max_cost: float | None
+    total_cost: float | None
+    currency: str | None
+    texts_erased: bool
     expires_at: str | None
     expired_at: str | None
     waiting_for: WaitingBody | UnsetType | None = UNSET
@@ -398,6 +412,12 @@ def batch_body(
         max_attempts=batch.max_attempts,
         timeout_ms=batch.timeout_ms,
         idempotency_key=batch.idempotency_key,
+        pause_reason=_pause_reason(batch),
+        max_tokens=batch.max_tokens,
+        max_cost=None if batch.max_cost_nano is None else batch.max_cost_nano / NANO,
+        total_cost=None if batch.currency is None else batch.cost_nano / NANO,
+        currency=batch.currency,
+        texts_erased=batch.texts_are_erased,
         expires_at=instant_or_none(batch.expires_at),
         expired_at=instant_or_none(batch.expired_at),
         waiting_for=UNSET if outlook is None else waiting_body(outlook.waiting),
@@ -427,6 +447,25 @@ def batch_body(
         items=UNSET if items is None else list(items),
         items_next_cursor=UNSET if items is None else items_next_cursor,
     )
+
+
+def _pause_reason(batch: Batch) -> PauseReasonBody | None:
+    match batch.pause_reason:
+        case None:
+            return None
+        case "max-tokens":
+            return PauseReasonBody(
+                code="MAX_TOKENS_REACHED",
+                message=f"the next item does not fit maxTokens of {batch.max_tokens:,}; raise it with"
+                " PATCH to go on, or cancel the batch",
+            )
+        case "max-cost":
+            return PauseReasonBody(
+                code="MAX_COST_REACHED",
+                message="the next item does not fit maxCost of"
+                f" {(batch.max_cost_nano or 0) / NANO:g} {batch.currency}, of which"
+                f" {batch.cost_nano / NANO:g} are spent; raise it with PATCH to go on, or cancel the batch",
+            )
 
 
 def _status(status: Status) -> WireStatus:
@@ -513,7 +552,8 @@ _LEAST_WINDOW: Final = timedelta(minutes=1)
 _MOST_WINDOW: Final = timedelta(days=90)
 
 
-def _duration(value: object) -> object:
+def duration(value: object) -> object:
+    """A validator: a length of time such as 24h."""
     if value is None:
         return None
     found = _WINDOW.fullmatch(value) if isinstance(value, str) else None
@@ -535,7 +575,10 @@ def _upper(value: object) -> object:
 
 Priority = Annotated[Whole, Field(ge=-100, le=100)]
 Weight = Annotated[float, BeforeValidator(_number), Field(ge=0.1, le=100)]
-Window = Annotated[timedelta | None, BeforeValidator(_duration)]
+MaxTokens = Annotated[Whole, Field(ge=1, le=2**53)]
+#: In the currency of the prices.
+MaxCost = Annotated[float, BeforeValidator(_number), Field(ge=1e-9, le=1e9)]
+Window = Annotated[timedelta | None, BeforeValidator(duration)]
 
 
 class _Deadline(Sent):
@@ -577,6 +620,8 @@ class BatchPatch(_Deadline):
     weight: Weight = 1
     capacity: Capacity | None = None
     is_paused: Flag = False
+    max_tokens: MaxTokens | None = None
+    max_cost: MaxCost | None = None
 
 
 class BatchHead(_Deadline):
@@ -591,6 +636,8 @@ class BatchHead(_Deadline):
     timeout_ms: Annotated[Whole, Field(ge=100, le=600_000)] | None = None
     idempotency_key: Name | None = None
     capacity: Capacity | None = None
+    max_tokens: MaxTokens | None = None
+    max_cost: MaxCost | None = None
     callback_options: dict[str, Any] | None = None
 
     @field_validator("metadata", mode="before")

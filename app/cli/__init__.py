@@ -6,6 +6,8 @@
     batches      look at and end batches of a server              batches, client, flags
     keys         the API keys of a server                         keys, client, flags
     workspaces   tenants, in the database itself                  workspaces
+    report       print the reporting views, let people read them   report
+    prices, keep what models cost, how long things are kept      prices
     demo         three hundred tickets and a simulated provider   demo
     simulate     that provider by itself                          simulate
     connections, resources   a server's accounts and models       connections, client
@@ -46,6 +48,9 @@ _MODULES: Final[Mapping[str, str]] = MappingProxyType(
         "workspaces": "workspaces",
         "connections": "connections",
         "resources": "connections",
+        "report": "report",
+        "prices": "prices",
+        "keep": "prices",
         "migrate": "upkeep",
         "secrets": "upkeep",
         "doctor": "upkeep",

@@ -180,12 +180,28 @@ def resume(server: str | None, key: str | None, batch_id: UUID) -> None:
         _tell(known.resume(batch_id))
 
 
+@batches.command()
+@with_server
+@click.argument("batch_id", type=click.UUID)
+@click.option("--item", type=click.UUID, help="Only those of this item.")
+@click.confirmation_option(prompt="Erase prompts and answers for good?")
+def erase(server: str | None, key: str | None, batch_id: UUID, item: UUID | None) -> None:
+    """Erase the prompts and answers of an ended batch for good; its facts stay."""
+    with server_of(server, key) as known:
+        known.erase(batch_id, item_id=item)
+        _tell(known.batch(batch_id))
+
+
 @batches.command("set")
 @with_server
 @click.argument("batch_id", type=click.UUID)
 @click.option("--priority", type=click.IntRange(-100, 100), help="Higher goes first.")
 @click.option(
     "--weight", type=click.FloatRange(0.1, 100), help="Its share among those of its priority."
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="It pauses when so many are used.")
+@click.option(
+    "--max-cost", type=click.FloatRange(0, min_open=True), help="It pauses when so much is spent."
 )
 @click.option(
     "--expires",
@@ -199,17 +215,25 @@ def set_batch(
     *,
     priority: int | None,
     weight: float | None,
+    max_tokens: int | None,
+    max_cost: float | None,
     expires: str | None,
 ) -> None:
-    """Change a running batch's priority, weight or deadline, effective at once."""
+    """Change a running batch's priority, weight, deadline or what it may use, effective at once."""
     change: dict[str, object] = {}
     if priority is not None:
         change["priority"] = priority
     if weight is not None:
         change["weight"] = weight
     change |= _deadline(expires)
+    if max_tokens is not None:
+        change["maxTokens"] = max_tokens
+    if max_cost is not None:
+        change["maxCost"] = max_cost
     if not change:
-        raise UsageError("Nothing to change; give --priority, --weight or --expires.")
+        raise UsageError(
+            "Nothing to change; give --priority, --weight, --max-tokens, --max-cost or --expires."
+        )
     with server_of(server, key) as known:
         _tell(known.change(batch_id, change))
 
@@ -250,10 +274,12 @@ def _tell(batch: Batch) -> None:
         "waiting": f"{batch.pending:,}",
         "tokens in": f"{batch.total_prompt_tokens:,}",
         "tokens out": f"{batch.total_output_tokens:,}",
+        "cost": "" if batch.total_cost is None else f"{batch.total_cost:g} {batch.currency}",
         "priority": str(batch.priority) if batch.priority else "",
         "weight": f"{batch.weight:g}" if batch.weight != 1 else "",
         "created": batch.created_at,
         "deadline": batch.expires_at or "",
+        "paused": "" if batch.pause_reason is None else batch.pause_reason.message,
         "waits for": "" if batch.waiting_for is None else str(batch.waiting_for),
         "done by": "" if batch.eta is None else str(batch.eta),
         "completed": batch.completed_at or "",

@@ -108,6 +108,12 @@ class Eta(msgspec.Struct, rename="camel"):
         return f"{self.at}, in {duration(self.seconds_left)}{by}"
 
 
+class PauseReason(msgspec.Struct, rename="camel"):
+    """Why a batch was paused other than by people."""
+
+    message: str
+
+
 class Batch(msgspec.Struct, rename="camel"):
     """A batch, without its items. What it waits for is known of a single one only."""
 
@@ -127,6 +133,9 @@ class Batch(msgspec.Struct, rename="camel"):
     priority: int = 0
     weight: float = 1
     expires_at: str | None = None
+    total_cost: float | None = None
+    currency: str | None = None
+    pause_reason: PauseReason | None = None
     waiting_for: Waiting | None = None
     eta: Eta | None = None
 
@@ -351,6 +360,12 @@ class Server:
     def resume(self, batch_id: UUID) -> Batch:
         """Let a batch go on."""
         return self._post(f"/v1/completion-batch/{self._tenant()}/{batch_id}/resume", None, Batch)
+
+    def erase(self, batch_id: UUID, *, item_id: UUID | None) -> None:
+        """Erase the texts of a batch, or of one item of it."""
+        place = f"/v1/completion-batch/{self._tenant()}/{batch_id}"
+        path = f"{place}/texts" if item_id is None else f"{place}/{item_id}/texts"
+        self._ask("DELETE", path, msgspec.Raw)
 
     def change(self, batch_id: UUID, change: Mapping[str, object]) -> Batch:
         """Change what steers a batch."""

@@ -27,7 +27,7 @@ _PARAMETER = re.compile(rb"%\((\w+)\)[sbt]|%%")
 
 
 @contextlib.contextmanager
-def _address(known: Settings) -> Generator[str]:
+def address(known: Settings) -> Generator[str]:
     """The direct address of the database that the settings name; an embedded one runs meanwhile."""
     if known.direct_url is not None:
         yield known.direct_url
@@ -44,7 +44,7 @@ def migrate() -> None:
     """Bring the database to the schema that this program needs. Safe to repeat, and beside others."""
     known = settings.load()
     log_for_person(known)
-    with _address(known) as url:
+    with address(known) as url:
         applied = migrations.migrate(url)
         done = f"applied {', '.join(applied)}" if applied else "nothing was missing"
         click.echo(f"The database is at revision {migrations.head()} ({done}).")
@@ -93,7 +93,7 @@ def doctor() -> None:
     """Check a deployment and say what to fix. Exit code 0: all is well, 1: something is not."""
     known = settings.load()
     log_for_person(known)
-    with _address(known) as url:
+    with address(known) as url:
         if known.database_url is None:
             migrations.migrate(url)
         try:
@@ -131,7 +131,7 @@ def explain(name: str) -> None:
         raise UsageError(
             f"There is no statement '{name}' in sql/queries; there is: {', '.join(close)}."
         )
-    with _address(known) as url:
+    with address(known) as url:
         try:
             with psycopg.connect(url, autocommit=True, connect_timeout=10) as conn:
                 if known.database_url is None:

@@ -74,7 +74,8 @@ comment on function counts_after(limit_period, boolean, timestamptz, interval) i
 create or replace function limits_in_force(p_workspace_id uuid, p_scope_ids uuid[], p_now timestamptz)
 returns table (
     limit_id uuid, scope_id uuid, period limit_period, sliding boolean, source limit_source,
-    requests bigint, tokens bigint, input_tokens bigint, output_tokens bigint, paced_requests bigint
+    requests bigint, tokens bigint, input_tokens bigint, output_tokens bigint, paced_requests bigint,
+    cost_nano bigint
 )
 language sql stable
 as $$
@@ -83,7 +84,8 @@ as $$
         case when fresh.yes then l.tokens end,
         case when fresh.yes then l.input_tokens end,
         case when fresh.yes then l.output_tokens end,
-        least(case when fresh.yes then l.requests end, learned.ceiling)
+        least(case when fresh.yes then l.requests end, learned.ceiling),
+        l.cost_nano
     from limits l
     cross join lateral (
         select l.source = 'given' or l.observed_at > p_now - interval '7 days' as yes
@@ -129,7 +131,8 @@ as $$
         r.tokens * p_burst_s + least(u.paced_tokens, 0),
         r.input_tokens * p_burst_s + least(u.paced_input_tokens, 0),
         r.output_tokens * p_burst_s + least(u.paced_output_tokens, 0),
-        r.requests, r.tokens, r.input_tokens, r.output_tokens
+        r.requests, r.tokens, r.input_tokens, r.output_tokens, l.cost_nano,
+        l.cost_nano - coalesce(u.cost_nano, 0)
     )::budget
     from limits_in_force(p_workspace_id, p_scope_ids, p_now) l
     -- Per second; null where nothing is paced.
@@ -144,6 +147,7 @@ as $$
         select sum(s.requests + s.outside_requests) as requests,
             sum(s.input_tokens + s.outside_input_tokens) as input_tokens,
             sum(s.output_tokens + s.outside_output_tokens) as output_tokens,
+            sum(s.cost_nano) as cost_nano,
             min(r.requests * s.age - s.requests_since) filter (where s.is_paced) as paced_requests,
             min(r.tokens * s.age - s.input_since - s.output_since) filter (where s.is_paced)
                 as paced_tokens,
@@ -160,7 +164,8 @@ as $$
             where g.workspace_id = p_workspace_id
                 and g.limit_id = l.limit_id
                 and g.slot_at > counts_after(l.period, l.sliding, p_now, p_guard)
-                and coalesce(l.paced_requests, l.tokens, l.input_tokens, l.output_tokens) is not null
+                and coalesce(l.paced_requests, l.tokens, l.input_tokens, l.output_tokens, l.cost_nano)
+                    is not null
             window later as (order by g.slot_at desc)
         ) s
     ) u on true

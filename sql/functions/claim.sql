@@ -119,6 +119,9 @@ declare
     v_most_output_tokens double precision := infinite;
     v_common uuid[] := '{}';
     v_set_aside boolean[];
+    v_input_nano numeric;
+    v_output_nano numeric;
+    v_cost bigint := 0;
     v_waiting claim_pick[] := '{}';
     v_picks claim_pick[] := '{}';
     v_done boolean[];
@@ -336,6 +339,12 @@ begin
             ))::claim_flow order by f.ordinality)
         into v_flows
         from unnest(v_flows) with ordinality f;
+        if exists (select from unnest(v_own) o where o.most_cost_nano is not null) then
+            select p.input_nano, p.output_nano into v_input_nano, v_output_nano
+            from resources r
+            cross join lateral price_at(r.workspace_id, r.model, r.model, v_now) p
+            where r.workspace_id = p_workspace_id and r.resource_id = p_resource_id;
+        end if;
 
         -- How many more calls may be out at once. A fresh model whose rate nobody knows begins with a few and
         -- gets one more for every answer, so that their number doubles with each round.
@@ -464,12 +473,15 @@ begin
                 end loop;
             end if;
             if v_impossible then
-                v_picks := v_picks || row(v_c.flow, v_c.seq, v_c.attempt, 0, 0, 0, true)::claim_pick;
+                v_picks := v_picks || row(v_c.flow, v_c.seq, v_c.attempt, 0, 0, 0, true, 0)::claim_pick;
                 v_done[v_at] := true;
                 continue;
             end if;
             v_expected := least(v_output, coalesce((v_flows[v_c.flow]).mean_output_tokens, v_output));
-            v_head := row(v_c.flow, v_c.seq, v_c.attempt, v_c.input_tokens, v_output, v_expected, false);
+            if v_input_nano is not null then
+                v_cost := v_c.input_tokens * v_input_nano + v_output * v_output_nano;
+            end if;
+            v_head := row(v_c.flow, v_c.seq, v_c.attempt, v_c.input_tokens, v_output, v_expected, false, v_cost);
             if v_requests < 1
                 or v_tokens < v_c.input_tokens + v_output
                 or v_input_tokens < v_c.input_tokens
@@ -492,6 +504,7 @@ begin
                         or v_b.tokens < v_c.input_tokens + v_output
                         or v_b.input_tokens < v_c.input_tokens
                         or v_b.output_tokens < v_output
+                        or v_b.cost_nano < v_cost
                         or v_b.paced_requests < 1
                         or v_b.paced_tokens
                             < pace_room(v_c.input_tokens + v_expected, v_b.rate_tokens * v_own_burst_s)
@@ -512,6 +525,7 @@ begin
                         v_b.tokens := v_b.tokens - v_c.input_tokens - v_output;
                         v_b.input_tokens := v_b.input_tokens - v_c.input_tokens;
                         v_b.output_tokens := v_b.output_tokens - v_output;
+                        v_b.cost_nano := v_b.cost_nano - v_cost;
                         v_b.paced_requests := v_b.paced_requests - 1;
                         v_b.paced_tokens := v_b.paced_tokens - v_c.input_tokens - v_expected;
                         v_b.paced_input_tokens := v_b.paced_input_tokens - v_c.input_tokens;
@@ -550,7 +564,7 @@ begin
         ),
         held as (
             select i.workspace_id, i.batch_day, i.batch_id, i.seq, p.flow, p.impossible, p.input_tokens,
-                p.output_tokens, p.expected_output_tokens, p.ordinality as rank
+                p.output_tokens, p.expected_output_tokens, p.cost_nano, p.ordinality as rank
             from fitting p
             join items i on i.workspace_id = p.workspace_id
                 and i.batch_day = p.batch_day
@@ -571,7 +585,8 @@ begin
                 reserved_limits = case when h.impossible then '{}' else (v_flows[h.flow]).limit_ids end,
                 reserved_input_tokens = h.input_tokens,
                 reserved_output_tokens = h.output_tokens,
-                expected_output_tokens = h.expected_output_tokens
+                expected_output_tokens = h.expected_output_tokens,
+                reserved_cost_nano = case when v_input_nano is not null then h.cost_nano end
             from held h
             where i.workspace_id = h.workspace_id
                 and i.batch_day = h.batch_day
@@ -579,7 +594,7 @@ begin
                 and i.seq = h.seq
             returning i.batch_day, i.batch_id, i.seq, i.attempt, i.failures, i.max_attempts,
                 h.flow, h.input_tokens, h.output_tokens, h.expected_output_tokens, h.impossible, h.rank,
-                i.timeout_ms
+                i.timeout_ms, h.cost_nano
         ),
         -- A first-attempt candidate that was not taken stops its flow's floor.
         floors as (
@@ -597,7 +612,7 @@ begin
         )
         select
             (select array_agg(row(p_workspace_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
-                flow, input_tokens, output_tokens, expected_output_tokens, impossible, timeout_ms)::taken_item
+                flow, input_tokens, output_tokens, expected_output_tokens, impossible, timeout_ms, cost_nano)::taken_item
                 order by rank) from updated),
             (select jsonb_object_agg(flow, floor) from floors)
         into v_taken, v_floors;
@@ -618,18 +633,19 @@ begin
             for no key update of g;
         end if;
         insert into ledger as g (
-            workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens, expected_output_tokens
+            workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens, expected_output_tokens,
+            cost_nano
         )
         select l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, v_now), s.requests, s.input_tokens,
-            s.output_tokens, s.expected_output_tokens
+            s.output_tokens, s.expected_output_tokens, s.cost_nano
         from (
             select p_workspace_id as workspace_id, o.limit_id, sum(t.requests) as requests,
                 sum(t.input_tokens) as input_tokens, sum(t.output_tokens) as output_tokens,
-                sum(t.expected_output_tokens) as expected_output_tokens
+                sum(t.expected_output_tokens) as expected_output_tokens, sum(t.cost_nano) as cost_nano
             from (
                 select flow, count(*) as requests, sum(input_tokens) as input_tokens,
                     sum(output_tokens) as output_tokens,
-                    sum(expected_output_tokens) as expected_output_tokens
+                    sum(expected_output_tokens) as expected_output_tokens, sum(cost_nano) as cost_nano
                 from unnest(v_taken)
                 where not impossible
                 group by flow
@@ -643,7 +659,8 @@ begin
         set requests = g.requests + excluded.requests,
             input_tokens = g.input_tokens + excluded.input_tokens,
             output_tokens = g.output_tokens + excluded.output_tokens,
-            expected_output_tokens = g.expected_output_tokens + excluded.expected_output_tokens;
+            expected_output_tokens = g.expected_output_tokens + excluded.expected_output_tokens,
+            cost_nano = g.cost_nano + excluded.cost_nano;
 
         -- 10. Flows, then batches, locked in key order and then changed all at once: a claim may take from 64 flows.
         -- Each flow's items are one event row.
@@ -699,7 +716,7 @@ begin
             select * into v_wait
             from capacity_waits(p_workspace_id, v_flow.scope_ids, v_flow.input_tokens,
                 v_flow.output_tokens, v_flow.expected_output_tokens, v_now, p_guard, v_own_burst_s,
-                v_state.throttled_at);
+                v_state.throttled_at, v_flow.cost_nano);
             update flows f
             set waits_until = v_wait.next_at, waits_for = v_wait.limit_id
             where f.workspace_id = p_workspace_id
@@ -868,7 +885,8 @@ comment on function calls_room(uuid, uuid, double precision) is
 -- first moment: soon enough to lose nothing, and several at once.
 create or replace function capacity_waits(
     p_workspace_id uuid, p_scope_ids uuid[], p_input_tokens bigint, p_output_tokens bigint,
-    p_expected_output_tokens bigint, p_now timestamptz, p_guard interval, p_burst_s double precision, p_paced_since timestamptz
+    p_expected_output_tokens bigint, p_now timestamptz, p_guard interval, p_burst_s double precision,
+    p_paced_since timestamptz, p_cost_nano bigint default 0
 )
 returns table (next_at timestamptz, limit_id uuid)
 language sql stable
@@ -878,6 +896,12 @@ as $$
         select f.next_at, f.limit_id
         from capacity_frees(p_workspace_id, p_scope_ids, 1, p_input_tokens, p_output_tokens, p_now,
             p_guard) f
+        union all
+        -- Money is bounded for a batch's lifetime only: it comes back when calls in flight cost less than
+        -- reserved, which wakes the flow.
+        select 'infinity', b.limit_id
+        from budgets(p_workspace_id, p_scope_ids, p_now, p_guard, p_burst_s, p_paced_since) b
+        where b.cost_nano < p_cost_nano
         union all
         select p_now + make_interval(secs => max(
                 (greatest(k.needed, k.most / 2) - k.paced) / k.rate)), b.limit_id
@@ -903,5 +927,5 @@ as $$
     limit 1
 $$;
 comment on function capacity_waits(
-    uuid, uuid[], bigint, bigint, bigint, timestamptz, interval, double precision, timestamptz
+    uuid, uuid[], bigint, bigint, bigint, timestamptz, interval, double precision, timestamptz, bigint
 ) is 'When an item may be claimed as far as limits and pace go, and the limit it waits for.';

@@ -48,14 +48,18 @@ begin
             workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, worker_id,
             claimed_at, ended_at, error_code, error_message, reserved_limits, reserved_input_tokens,
             reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
-            expected_output_tokens
+            expected_output_tokens, reserved_cost_nano
         )
         select workspace_id, batch_day, batch_id, seq, attempt, 'lost', resource_id, worker_id,
             claimed_at, v_now, 'lost', 'the worker vanished; the call may have been made',
             reserved_limits, reserved_input_tokens, reserved_output_tokens, 1,
-            reserved_input_tokens, reserved_output_tokens, expected_output_tokens
+            reserved_input_tokens, reserved_output_tokens, expected_output_tokens, reserved_cost_nano
         from held
         on conflict do nothing
+    ),
+    due as (
+        insert into rollup_due (batch_day, minute_at)
+        select p_batch_day, date_trunc('minute', v_now, 'UTC') from held limit 1
     ),
     counted as (
         update items i

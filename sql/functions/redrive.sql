@@ -47,6 +47,15 @@ begin
                 and i.status = any (p_statuses)
                 and i.status in ('failed', 'cancelled')
                 and i.ended_at <= p_before
+                -- What was erased cannot be asked again.
+                and not exists (
+                    select from item_requests q
+                    where q.workspace_id = i.workspace_id
+                        and q.batch_day = i.batch_day
+                        and q.batch_id = i.batch_id
+                        and q.seq = i.seq
+                        and q.erased_at is not null
+                )
                 and (p_codes is null or exists (
                     select from item_results r
                     where r.workspace_id = i.workspace_id
@@ -75,6 +84,15 @@ begin
             where i.status = any (p_statuses)
                 and i.status in ('failed', 'cancelled')
                 and i.ended_at <= p_before
+                -- What was erased cannot be asked again.
+                and not exists (
+                    select from item_requests q
+                    where q.workspace_id = i.workspace_id
+                        and q.batch_day = i.batch_day
+                        and q.batch_id = i.batch_id
+                        and q.seq = i.seq
+                        and q.erased_at is not null
+                )
                 and (p_codes is null or exists (
                     select from item_results r
                     where r.workspace_id = i.workspace_id
@@ -155,6 +173,12 @@ begin
     if found then
         perform event_append(p_workspace_id, v_day, p_batch_id, 'batch-running', null, v_now);
     end if;
+    -- Its error file has other lines from now on: it is measured anew, and has another id.
+    update batches b
+    set redrives = b.redrives + 1, expired_at = null
+    where b.workspace_id = p_workspace_id and b.batch_id = p_batch_id;
+    delete from result_files r
+    where r.workspace_id = p_workspace_id and r.batch_id = p_batch_id and r.kind = 'error';
     perform event_append(p_workspace_id, v_day, p_batch_id, 'item-retrying', v_seqs, v_now);
     -- Locked before they are looked at, in order; see ready_change.
     perform 1 from ready r

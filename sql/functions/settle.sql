@@ -13,7 +13,8 @@
 -- again, that newer call is noted as lost until it reports: it has no running item any more to account for
 -- what it reserved.
 --
--- What a refused call is charged: its request, which providers count all the same, and no tokens.
+-- What a refused call is charged: its request, which providers count all the same, and no tokens. What a call
+-- cost is computed here, by the price of its claim's time (price_at.sql), once.
 --
 -- Fallbacks. Where the resource's owner names another model for such an outcome (fallback_of), the item is not failed
 -- or left waiting but moves to that model's flow of the same batch: pending there at once, with fresh failures. The
@@ -51,6 +52,10 @@ declare
     v_becomes work_status[];
     v_resources uuid[];
     v_unsettled int[];
+    v_reserved_costs jsonb;
+    v_costs bigint[];
+    v_currencies text[];
+    v_spent jsonb;
     v_differences jsonb;
     v_freed uuid[];
     v_superseded boolean;
@@ -68,7 +73,7 @@ begin
     ),
     held as materialized (
         select g.ord, g.outcome, g.wait_s, g.status_code, g.error_code, i.batch_day, i.batch_id, i.seq, i.resource_id, i.status,
-            i.attempt, i.failures, i.crashes, i.max_attempts,
+            i.attempt, i.failures, i.crashes, i.max_attempts, i.reserved_cost_nano,
             i.status = 'running' and i.attempt = g.attempt as current, g.attempt as given_attempt
         from given g
         join items i on i.workspace_id = g.workspace_id
@@ -108,7 +113,7 @@ begin
     ),
     decided as materialized (
         select j.ord, j.outcome, j.wait_s, j.batch_day, j.batch_id, j.seq, j.resource_id, j.status, j.attempt,
-            j.failures, j.crashes, j.given_attempt, n.moves_to,
+            j.failures, j.crashes, j.given_attempt, j.current, j.reserved_cost_nano, n.moves_to,
             case when n.moves_to is null then j.becomes else 'pending' end as becomes
         from judged j
         cross join lateral (
@@ -166,8 +171,13 @@ begin
         exists (
             select from decided
             where becomes = 'completed' and status = 'running' and attempt <> given_attempt
+        ),
+        (
+            select jsonb_object_agg(ord, reserved_cost_nano)
+            from decided
+            where current and reserved_cost_nano is not null
         )
-    into v_changed, v_becomes, v_resources, v_unsettled, v_superseded;
+    into v_changed, v_becomes, v_resources, v_unsettled, v_superseded, v_reserved_costs;
     v_unsettled := coalesce(v_unsettled, '{}');
 
     -- 2. Attempts, each once; what they give back to the ledger.
@@ -176,13 +186,14 @@ begin
             workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, worker_id,
             claimed_at, ended_at, error_code, error_message, reserved_limits, reserved_input_tokens,
             reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
-            expected_output_tokens
+            expected_output_tokens, reserved_cost_nano
         )
         select i.workspace_id, i.batch_day, i.batch_id, i.seq, i.attempt, 'lost', i.resource_id,
             i.worker_id, i.claimed_at, v_now, 'superseded',
             'an earlier attempt was answered during this call, which has not reported',
             i.reserved_limits, i.reserved_input_tokens, i.reserved_output_tokens, 1,
-            i.reserved_input_tokens, i.reserved_output_tokens, i.expected_output_tokens
+            i.reserved_input_tokens, i.reserved_output_tokens, i.expected_output_tokens,
+            i.reserved_cost_nano
         from (select p_workspace_id as workspace_id, o.* from unnest(v_given) o offset 0) g
         join items i on i.workspace_id = g.workspace_id
             and i.batch_day = g.batch_day
@@ -193,8 +204,14 @@ begin
             and i.attempt <> g.attempt
         on conflict do nothing;
     end if;
+    if exists (select from prices) then
+        select c.costs, c.currencies into v_costs, v_currencies from call_costs(p_workspace_id, v_given) c;
+    end if;
     with given as materialized (
-        select p_workspace_id as tenant, g.* from unnest(v_given) g where g.ord <> all (v_unsettled)
+        select p_workspace_id as tenant, g.*, v_costs[g.ord] as cost_nano, v_currencies[g.ord] as currency,
+            (v_reserved_costs ->> g.ord::text)::bigint as reserved_cost_nano
+        from unnest(v_given) g
+        where g.ord <> all (v_unsettled)
     ),
     called as (
         insert into attempts as a (
@@ -202,7 +219,7 @@ begin
             worker_id, claimed_at, started_at, ended_at, latency_ms, status_code, error_code,
             error_message, model, provider_request_id, reserved_limits, reserved_input_tokens,
             reserved_output_tokens, charged_requests, charged_input_tokens, charged_output_tokens,
-            cached_tokens, reasoning_tokens, expected_output_tokens
+            cached_tokens, reasoning_tokens, expected_output_tokens, cost_nano, currency, reserved_cost_nano
         )
         select p_workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, connection_id,
             p_worker_id, claimed_at, started_at, coalesce(ended_at, v_now), latency_ms, status_code,
@@ -212,7 +229,7 @@ begin
                 else coalesce(input_tokens, reserved_input_tokens) end,
             case when refund or outcome = 'throttled' then 0
                 else coalesce(output_tokens, reserved_output_tokens) end,
-            cached_tokens, reasoning_tokens, expected_output_tokens
+            cached_tokens, reasoning_tokens, expected_output_tokens, cost_nano, currency, reserved_cost_nano
         from given
         where outcome not in ('unsent', 'impossible')
         order by batch_day, batch_id, seq, attempt
@@ -225,9 +242,12 @@ begin
             charged_requests = excluded.charged_requests,
             charged_input_tokens = excluded.charged_input_tokens,
             charged_output_tokens = excluded.charged_output_tokens,
-            cached_tokens = excluded.cached_tokens, reasoning_tokens = excluded.reasoning_tokens
+            cached_tokens = excluded.cached_tokens, reasoning_tokens = excluded.reasoning_tokens,
+            cost_nano = excluded.cost_nano, currency = excluded.currency, corrected_at = v_now
         where a.outcome = 'lost' and excluded.outcome <> 'lost'
-        returning a.resource_id, a.claimed_at, a.reserved_limits,
+        returning a.workspace_id, a.batch_day, a.batch_id, a.seq, a.attempt, a.corrected_at, a.cost_nano, a.currency,
+            coalesce(coalesce(a.cost_nano, a.reserved_cost_nano) - a.reserved_cost_nano, 0) as cost_difference,
+            a.resource_id, a.claimed_at, a.reserved_limits,
             a.charged_requests - 1 as requests,
             a.charged_input_tokens - a.reserved_input_tokens as input_tokens,
             a.charged_output_tokens - a.reserved_output_tokens as output_tokens,
@@ -240,7 +260,7 @@ begin
         update attempts a
         set outcome = 'unsent', charged_requests = 0, charged_input_tokens = 0,
             charged_output_tokens = 0, error_code = 'unsent',
-            error_message = 'it was not sent after all'
+            error_message = 'it was not sent after all', corrected_at = v_now
         from given g
         where g.outcome = 'unsent'
             and v_becomes[g.ord] is null
@@ -250,34 +270,75 @@ begin
             and a.seq = g.seq
             and a.attempt = g.attempt
             and a.outcome = 'lost'
-        returning a.resource_id, a.claimed_at, a.reserved_limits, -1 as requests,
+        returning a.batch_day, a.ended_at, a.resource_id, a.claimed_at, a.reserved_limits,
+            -coalesce(a.reserved_cost_nano, 0) as cost_difference, -1 as requests,
             -a.reserved_input_tokens as input_tokens, -a.reserved_output_tokens as output_tokens,
             -a.expected_output_tokens as expected_output_tokens, 0 as refused
     ),
     released as (
-        select g.resource_id, g.claimed_at, g.limit_ids as reserved_limits, -1 as requests,
+        select g.resource_id, g.claimed_at, g.limit_ids as reserved_limits,
+            -coalesce(g.reserved_cost_nano, 0) as cost_difference, -1 as requests,
             -g.reserved_input_tokens as input_tokens, -g.reserved_output_tokens as output_tokens,
             -g.expected_output_tokens as expected_output_tokens, 0 as refused
         from given g
         where g.outcome = 'unsent' and v_becomes[g.ord] is not null
     ),
     moved as (
-        select * from called union all select * from recalled union all select * from released
+        select claimed_at, reserved_limits, requests, input_tokens, output_tokens, expected_output_tokens,
+            refused, cost_difference
+        from called
+        union all
+        select claimed_at, reserved_limits, requests, input_tokens, output_tokens, expected_output_tokens,
+            refused, cost_difference
+        from recalled
+        union all
+        select claimed_at, reserved_limits, requests, input_tokens, output_tokens, expected_output_tokens,
+            refused, cost_difference
+        from released
+    ),
+    -- The minutes to be rolled up again. Of a corrected call also the one in which it was given up: this
+    -- statement's snapshot still shows it there.
+    due as (
+        insert into rollup_due (batch_day, minute_at)
+        select c.batch_day, date_trunc('minute', coalesce(c.ended_at, v_now), 'UTC')
+        from given c
+        where c.outcome not in ('unsent', 'impossible')
+        union
+        select a.batch_day, date_trunc('minute', a.ended_at, 'UTC')
+        from called c
+        join attempts a on a.workspace_id = c.workspace_id
+            and a.batch_day = c.batch_day
+            and a.batch_id = c.batch_id
+            and a.seq = c.seq
+            and a.attempt = c.attempt
+        where c.corrected_at is not null
+        union
+        select r.batch_day, date_trunc('minute', r.ended_at, 'UTC') from recalled r
     )
     select jsonb_agg(d), array_agg(distinct d.limit_id)
         filter (where d.requests < 0
-            or least(d.input_tokens, d.output_tokens, d.expected_output_tokens) < 0)
-    into v_differences, v_freed
+            or least(d.input_tokens, d.output_tokens, d.expected_output_tokens, d.cost_nano) < 0),
+        (
+            select jsonb_agg(s)
+            from (
+                select c.batch_id, c.resource_id, sum(c.cost_nano) as cost_nano,
+                    max(c.currency) as currency
+                from called c
+                where c.cost_nano > 0
+                group by c.batch_id, c.resource_id
+            ) s
+        )
+    into v_differences, v_freed, v_spent
     from (
         select l.limit_id, m.claimed_at, sum(m.requests) as requests, sum(m.input_tokens) as input_tokens,
             sum(m.output_tokens) as output_tokens, sum(m.expected_output_tokens) as expected_output_tokens,
-            sum(m.refused) as refused
+            sum(m.refused) as refused, sum(m.cost_difference) as cost_nano
         from moved m
         cross join unnest(m.reserved_limits) as l (limit_id)
         group by l.limit_id, m.claimed_at
     ) d
-    where (d.requests, d.input_tokens, d.output_tokens, d.expected_output_tokens, d.refused)
-        <> (0, 0, 0, 0, 0);
+    where (d.requests, d.input_tokens, d.output_tokens, d.expected_output_tokens, d.refused, d.cost_nano)
+        <> (0, 0, 0, 0, 0, 0);
 
     -- 3. Items and results.
     perform items_change(p_workspace_id, v_changed, v_now);
@@ -309,23 +370,44 @@ begin
     -- 5. Flows, batches, events.
     v_released := flows_change(p_workspace_id, v_changed, v_freed, v_now, (
         select jsonb_agg(jsonb_build_object('batch_id', g.batch_id, 'resource_id', g.resource_id,
-            'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens, 'drift', g.drift))
+            'input_tokens', g.input_tokens, 'output_tokens', g.output_tokens,
+            'cached_tokens', g.cached_tokens, 'reasoning_tokens', g.reasoning_tokens, 'drift', g.drift,
+            'cost_nano', g.cost_nano, 'currency', g.currency))
         from (
-            -- By the flow that the item is in: a late answer may be that of a model it has left.
-            select o.batch_id, v_resources[o.ord] as resource_id,
-                coalesce(sum(o.input_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
-                    as input_tokens,
-                coalesce(sum(o.output_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
-                    as output_tokens,
-                sum(case
-                    when o.outcome in ('unsent', 'throttled') or o.refund
-                        then -greatest(o.reserved_input_tokens + o.reserved_output_tokens, 1)
-                    else coalesce(o.input_tokens + o.output_tokens
-                        - o.reserved_input_tokens - o.reserved_output_tokens, 0)
-                end) as drift
-            from unnest(v_given) o
-            where v_becomes[o.ord] is not null
-            group by o.batch_id, v_resources[o.ord]
+            select batch_id, resource_id, sum(input_tokens) as input_tokens, sum(output_tokens) as output_tokens,
+                sum(cached_tokens) as cached_tokens, sum(reasoning_tokens) as reasoning_tokens,
+                sum(drift) as drift, sum(cost_nano) as cost_nano, max(currency) as currency
+            from (
+                -- By the flow that the item is in: a late answer may be that of a model it has left.
+                select o.batch_id, v_resources[o.ord] as resource_id,
+                    coalesce(sum(o.input_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                        as input_tokens,
+                    coalesce(sum(o.output_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                        as output_tokens,
+                    coalesce(sum(o.cached_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                        as cached_tokens,
+                    coalesce(sum(o.reasoning_tokens) filter (where v_becomes[o.ord] = 'completed'), 0)
+                        as reasoning_tokens,
+                    sum(case
+                        when o.outcome in ('unsent', 'throttled') or o.refund
+                            then -greatest(o.reserved_input_tokens + o.reserved_output_tokens, 1)
+                        else coalesce(o.input_tokens + o.output_tokens
+                            - o.reserved_input_tokens - o.reserved_output_tokens, 0)
+                    end) as drift,
+                    null::bigint as cost_nano,
+                    null::text as currency
+                from unnest(v_given) o
+                where v_becomes[o.ord] is not null
+                group by o.batch_id, v_resources[o.ord]
+                -- By the model that was asked, and also of calls that changed no item any more: late answers were
+                -- paid for too.
+                union all
+                select s.batch_id, s.resource_id, 0, 0, 0, 0, 0, s.cost_nano, s.currency
+                from jsonb_to_recordset(v_spent) as s (
+                    batch_id uuid, resource_id uuid, cost_nano bigint, currency text
+                )
+            ) either
+            group by batch_id, resource_id
         ) g
     ));
 
@@ -402,7 +484,8 @@ as $$
         reserved_limits = null,
         reserved_input_tokens = null,
         reserved_output_tokens = null,
-        expected_output_tokens = null
+        expected_output_tokens = null,
+        reserved_cost_nano = null
     from unnest(p_changed) c
     where i.workspace_id = c.workspace_id
         and i.batch_day = c.batch_day
@@ -423,17 +506,17 @@ begin
     end if;
     insert into ledger as g (
         workspace_id, limit_id, slot_at, requests, input_tokens, output_tokens, expected_output_tokens,
-        refused, outside_requests, outside_input_tokens, outside_output_tokens
+        refused, outside_requests, outside_input_tokens, outside_output_tokens, cost_nano
     )
     select p_workspace_id, d.limit_id, d.slot_at, d.requests, d.input_tokens, d.output_tokens,
         d.expected_output_tokens, d.refused, d.outside_requests, d.outside_input_tokens,
-        d.outside_output_tokens
+        d.outside_output_tokens, d.cost_nano
     from (
         select l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at) as slot_at,
             coalesce(sum(d.requests), 0) as requests, coalesce(sum(d.input_tokens), 0) as input_tokens,
             coalesce(sum(d.output_tokens), 0) as output_tokens,
             coalesce(sum(d.expected_output_tokens), 0) as expected_output_tokens,
-            coalesce(sum(d.refused), 0) as refused,
+            coalesce(sum(d.refused), 0) as refused, coalesce(sum(d.cost_nano), 0) as cost_nano,
             coalesce(sum(d.outside_requests), 0) as outside_requests,
             coalesce(sum(d.outside_input_tokens), 0) as outside_input_tokens,
             coalesce(sum(d.outside_output_tokens), 0) as outside_output_tokens,
@@ -441,7 +524,7 @@ begin
         from jsonb_to_recordset(p_differences) as d (
             limit_id uuid, claimed_at timestamptz, requests bigint, input_tokens bigint,
             output_tokens bigint, expected_output_tokens bigint, refused bigint, outside_requests bigint,
-            outside_input_tokens bigint, outside_output_tokens bigint
+            outside_input_tokens bigint, outside_output_tokens bigint, cost_nano bigint
         )
         join limits l on l.workspace_id = p_workspace_id and l.limit_id = d.limit_id
         group by l.workspace_id, l.limit_id, slot_of(l.period, l.sliding, d.claimed_at)
@@ -460,6 +543,7 @@ begin
         output_tokens = g.output_tokens + excluded.output_tokens,
         expected_output_tokens = g.expected_output_tokens + excluded.expected_output_tokens,
         refused = g.refused + excluded.refused,
+        cost_nano = g.cost_nano + excluded.cost_nano,
         outside_requests = g.outside_requests + excluded.outside_requests,
         outside_input_tokens = g.outside_input_tokens + excluded.outside_input_tokens,
         outside_output_tokens = g.outside_output_tokens + excluded.outside_output_tokens;
@@ -468,7 +552,8 @@ $$;
 comment on function ledger_adjust(uuid, jsonb) is 'Add differences to ledger slots, locked in order.';
 
 -- Move the counters of flows, write the events, end the batches.
--- p_usage: per flow the tokens of answered items, and drift, what settling corrected virtual time by.
+-- p_usage: per flow the tokens of answered items, what its calls cost, and drift, what settling corrected virtual
+-- time by.
 -- p_freed: limits that have room again; flows that waited for one are looked at again. Returns the resources of
 -- all flows that do not wait any more.
 --
@@ -500,6 +585,9 @@ begin
             select p_workspace_id, c.batch_id, c.resource_id from unnest(p_changed) c
             union
             select p_workspace_id, c.batch_id, c.moves_to from unnest(p_changed) c
+            union
+            select p_workspace_id, s.batch_id, s.resource_id
+            from jsonb_to_recordset(p_usage) as s (batch_id uuid, resource_id uuid)
         ) c
         join flows f on f.workspace_id = c.workspace_id
             and f.batch_id = c.batch_id
@@ -523,6 +611,9 @@ begin
         select p_workspace_id as workspace_id, o.batch_id, o.resource_id from unnest(p_changed) o
         union
         select p_workspace_id, o.batch_id, o.moves_to from unnest(p_changed) o
+        union
+        select p_workspace_id, s.batch_id, s.resource_id
+        from jsonb_to_recordset(p_usage) as s (batch_id uuid, resource_id uuid)
     ) c
     join flows f on f.workspace_id = c.workspace_id
         and f.batch_id = c.batch_id
@@ -532,7 +623,9 @@ begin
     with changed as materialized (
         -- Summed up before it is joined: a nested loop would look for every item among all flows.
         select p_workspace_id as workspace_id, c.*, coalesce(u.input_tokens, 0) as input_tokens,
-            coalesce(u.output_tokens, 0) as output_tokens, coalesce(u.drift, 0) as drift
+            coalesce(u.output_tokens, 0) as output_tokens, coalesce(u.cached_tokens, 0) as cached_tokens,
+            coalesce(u.reasoning_tokens, 0) as reasoning_tokens, coalesce(u.drift, 0) as drift,
+            coalesce(u.cost_nano, 0) as cost_nano, u.currency
         from (
             select batch_id, resource_id, min(batch_day) as batch_day,
                 count(*) filter (where was = 'running')::int as left_running,
@@ -542,8 +635,8 @@ begin
                 count(*) filter (where becomes = 'pending')::int as to_pending,
                 count(*) filter (where becomes = 'completed')::int as to_completed,
                 count(*) filter (where becomes = 'failed')::int as to_failed,
-                count(*) filter (where was is null)::int as come,
-                count(*) filter (where becomes is null)::int as gone
+                count(*) filter (where was is null and becomes is not null)::int as come,
+                count(*) filter (where was is not null and becomes is null)::int as gone
             from (
                 select n.batch_id, n.resource_id, n.batch_day, n.was, n.attempt,
                     case when n.moves_to is null then n.becomes end as becomes
@@ -552,12 +645,17 @@ begin
                 select n.batch_id, n.moves_to, n.batch_day, null, null, n.becomes
                 from unnest(p_changed) n
                 where n.moves_to is not null
+                union all
+                -- What cost something and changed no item is an element without states.
+                select s.batch_id, s.resource_id, null, null, null, null
+                from jsonb_to_recordset(p_usage) as s (batch_id uuid, resource_id uuid, cost_nano bigint)
+                where s.cost_nano is not null
             ) either
             group by batch_id, resource_id
         ) c
         left join jsonb_to_recordset(p_usage) as u (
             batch_id uuid, resource_id uuid, input_tokens bigint, output_tokens bigint,
-            drift double precision
+            cached_tokens bigint, reasoning_tokens bigint, drift double precision, cost_nano bigint, currency text
         ) on u.batch_id = c.batch_id and u.resource_id = c.resource_id
     ),
     waited as materialized (
@@ -581,6 +679,10 @@ begin
             retries = f.retries + c.to_pending - c.come + c.gone,
             input_tokens = f.input_tokens + c.input_tokens,
             output_tokens = f.output_tokens + c.output_tokens,
+            cached_tokens = f.cached_tokens + c.cached_tokens,
+            reasoning_tokens = f.reasoning_tokens + c.reasoning_tokens,
+            cost_nano = f.cost_nano + c.cost_nano,
+            currency = coalesce(c.currency, f.currency),
             virtual_time = greatest(
                 -- What waited for nothing but its own calls re-enters at the virtual time of the others.
                 -- So does what waited for a limit of its own.

@@ -4,13 +4,14 @@
 -- Store a batch; its items are already there, in the same transaction.
 insert into batches (
     workspace_id, batch_id, environment_id, batch_day, type, endpoint, name, metadata, capacity,
-    callback_options, priority, weight, expires_at, source_ip, total_items, estimated_input_tokens,
-    idempotency_key, request_hash, created_by_api_key_id, created_by_user_id, timeout_ms, max_attempts, created_at
+    callback_options, priority, weight, expires_at, source_ip, max_tokens, max_cost_nano, currency, total_items,
+    estimated_input_tokens, idempotency_key, request_hash, created_by_api_key_id, created_by_user_id, timeout_ms, max_attempts, created_at
 )
 values (
     %(workspace_id)s, %(batch_id)s, %(environment_id)s, %(batch_day)s, %(type)s, %(endpoint)s, %(name)s,
     %(metadata)s, %(capacity)s, %(callback_options)s, %(priority)s, %(weight)s, %(expires_at)s, %(source_ip)s,
-    %(total_items)s, %(estimated_input_tokens)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s,
+    %(max_tokens)s, %(max_cost_nano)s, %(currency)s, %(total_items)s, %(estimated_input_tokens)s,
+    %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s,
     %(created_by_user_id)s, %(timeout_ms)s, %(max_attempts)s, clock()
 );
 
@@ -50,14 +51,17 @@ select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text a
     b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
     b.request_hash, b.created_by_api_key_id, b.created_by_user_id, b.created_at, b.started_at, b.cancelled_at,
     b.completed_at, b.timeout_ms, b.max_attempts, f.pending, f.running, f.completed, f.failed,
-    f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
+    f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused,
+    f.cost_nano, coalesce(b.currency, f.currency) as currency, b.max_tokens, b.max_cost_nano, b.pause_reason,
+    b.texts_erased_at is not null as texts_are_erased
 from batches b
 cross join lateral (
     select sum(f.pending)::int as pending, sum(f.running)::int as running,
         sum(f.completed)::int as completed, sum(f.failed)::int as failed,
         sum(f.cancelled)::int as cancelled, sum(f.retries)::int as retries,
         sum(f.input_tokens)::bigint as input_tokens, sum(f.output_tokens)::bigint as output_tokens,
-        bool_and(f.is_paused) as is_paused
+        bool_and(f.is_paused) as is_paused, sum(f.cost_nano)::bigint as cost_nano,
+        case when count(distinct f.currency) = 1 then max(f.currency) end as currency
     from flows f
     where f.workspace_id = b.workspace_id and f.batch_id = b.batch_id
 ) f
@@ -72,14 +76,17 @@ select b.workspace_id, b.environment_id, b.batch_id, b.batch_day, b.type::text a
     b.weight, b.expires_at, b.expired_at, b.total_items, b.estimated_input_tokens, b.idempotency_key,
     b.request_hash, b.created_by_api_key_id, b.created_by_user_id, b.created_at, b.started_at, b.cancelled_at,
     b.completed_at, b.timeout_ms, b.max_attempts, f.pending, f.running, f.completed, f.failed,
-    f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused
+    f.cancelled, f.retries, f.input_tokens, f.output_tokens, f.is_paused,
+    f.cost_nano, coalesce(b.currency, f.currency) as currency, b.max_tokens, b.max_cost_nano, b.pause_reason,
+    b.texts_erased_at is not null as texts_are_erased
 from batches b
 cross join lateral (
     select sum(f.pending)::int as pending, sum(f.running)::int as running,
         sum(f.completed)::int as completed, sum(f.failed)::int as failed,
         sum(f.cancelled)::int as cancelled, sum(f.retries)::int as retries,
         sum(f.input_tokens)::bigint as input_tokens, sum(f.output_tokens)::bigint as output_tokens,
-        bool_and(f.is_paused) as is_paused
+        bool_and(f.is_paused) as is_paused, sum(f.cost_nano)::bigint as cost_nano,
+        case when count(distinct f.currency) = 1 then max(f.currency) end as currency
     from flows f
     where f.workspace_id = b.workspace_id and f.batch_id = b.batch_id
 ) f
@@ -159,6 +166,28 @@ set is_paused = false,
 from held h
 where f.workspace_id = h.workspace_id and f.batch_id = h.batch_id and f.resource_id = h.resource_id;
 
+-- name: batch_unpause
+-- Forget why a batch was paused. Its row is locked after its flows: see flows_resume.
+update batches
+set pause_reason = null
+where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s and pause_reason is not null;
+
+-- name: batch_budget_seed
+-- Enter into a new limit of a batch's lifetime what was used before. The caller holds its mutex.
+select batch_budget_seed(%(workspace_id)s, %(batch_id)s)::text as seeded;
+
+-- name: batches_exhausted
+-- Batches that may have spent what they may. Reads the small index of waiting flows; locks nothing.
+select distinct f.workspace_id, f.batch_id
+from flows f
+where f.is_open and f.waits_for is not null and f.waits_until = 'infinity' and not f.is_paused and f.running = 0
+order by f.workspace_id, f.batch_id
+limit 1000;
+
+-- name: batch_pause_exhausted
+-- Pause such a batch once nothing of it is out; whether it did.
+select batch_pause_exhausted(%(workspace_id)s, %(batch_id)s) as paused;
+
 -- name: flows_lock
 -- Lock a batch's flows in order, as whoever changes a batch does first.
 select f.resource_id
@@ -169,7 +198,8 @@ for no key update;
 
 -- name: batch_lock
 -- Lock a batch's row, after its flows, and see what steers it.
-select status::text as status, priority, weight::double precision as weight, expires_at, capacity
+select status::text as status, priority, weight::double precision as weight, expires_at, capacity, max_tokens,
+    max_cost_nano, currency, pause_reason
 from batches
 where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s
 for no key update;
@@ -181,7 +211,8 @@ select clock_timestamp() as now;
 -- name: batch_change
 -- Change what steers a running batch. Its row is locked after its flows: see flows_steer.
 update batches
-set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s, capacity = %(capacity)s
+set priority = %(priority)s, weight = %(weight)s, expires_at = %(expires_at)s, capacity = %(capacity)s,
+    max_tokens = %(max_tokens)s, max_cost_nano = %(max_cost_nano)s, currency = %(currency)s
 where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s;
 
 -- name: flows_steer

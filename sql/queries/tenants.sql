@@ -61,11 +61,12 @@ for no key update;
 -- name: limit_insert
 -- A limit on a scope.
 insert into limits (
-    workspace_id, limit_id, scope_id, period, sliding, dimension, requests, tokens, input_tokens, output_tokens
+    workspace_id, limit_id, scope_id, period, sliding, dimension, requests, tokens, input_tokens, output_tokens,
+    cost_nano
 )
 values (
     %(workspace_id)s, %(limit_id)s, %(scope_id)s, %(period)s::limit_period, %(sliding)s, %(dimension)s,
-    %(requests)s, %(tokens)s, %(input_tokens)s, %(output_tokens)s
+    %(requests)s, %(tokens)s, %(input_tokens)s, %(output_tokens)s, %(cost_nano)s
 );
 
 -- name: limit_observed_insert
@@ -76,7 +77,7 @@ values (%(workspace_id)s, %(limit_id)s, %(scope_id)s, 'minute', true, 'observed'
 -- name: limits_of
 -- The limits that people gave scopes.
 select limit_id, scope_id, period::text as period, sliding, dimension, requests, tokens, input_tokens,
-    output_tokens
+    output_tokens, cost_nano
 from limits
 where workspace_id = %(workspace_id)s
     and scope_id = any (%(scope_ids)s::uuid[])
@@ -88,7 +89,7 @@ order by scope_id, limit_id;
 -- Change a limit's amounts, and those of the values of its dimension; the accounts in the ledger stay.
 update limits
 set requests = %(requests)s, tokens = %(tokens)s, input_tokens = %(input_tokens)s,
-    output_tokens = %(output_tokens)s, updated_at = clock_timestamp()
+    output_tokens = %(output_tokens)s, cost_nano = %(cost_nano)s, updated_at = clock_timestamp()
 where workspace_id = %(workspace_id)s and %(limit_id)s::uuid in (limit_id, parent_id);
 
 -- name: limit_delete

@@ -195,6 +195,13 @@ class Service(Server):
     async def retry(self, items: Sequence[Item]) -> None:
         await self.settle(items, Outcome.unreachable, error="server_error")
 
+    async def expire(self) -> None:
+        """What maintenance does with this tenant's batches whose deadline has passed."""
+        async with self.db.transaction() as conn:
+            for flow in await queue.expired(conn):
+                if flow.workspace_id == self.environment.workspace_id:
+                    await queue.expire(conn, flow=flow)
+
     async def work(self) -> None:
         """Answer everything there is."""
         while items := await self.claim():

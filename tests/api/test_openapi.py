@@ -9,6 +9,7 @@ import json
 import random
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
 from app import api_keys, migrate, webhooks
+from app.ids import batch_file_id
 from tests.api.conftest import Json, Service
 
 #: Requests per route and kind; all of it stays well below a minute.
@@ -156,6 +158,12 @@ async def test_requests_made_from_the_document_are_answered_as_it_says(
         "connectionId": [str(lone_service.connection_id)],
         "resourceId": [str(lone_service.resource_id)],
         "apiKeyId": [str(other)],
+        # OpenAI's routes show the same batches, and files of theirs.
+        "batch_id": ["batch_" + UUID(b["batchId"]).hex for b in (ended, waiting)],
+        "file_id": [
+            "file-" + batch_file_id(UUID(ended["batchId"]), kind).hex
+            for kind in ("input", "output")
+        ],
         "userId": [str(other)],  # there are none where no issuer is configured
         "key": ["team"],
         "deliveryId": [delivery["deliveryId"]],
@@ -196,7 +204,7 @@ async def test_every_operation_documents_its_refusals(service: Service) -> None:
             assert expected <= responses.keys(), f"{method} {path}"
             for status in expected:
                 schema = responses[status]["content"]["application/json"]["schema"]
-                is_openais = path.startswith("/v1/webhook_")
-                shape = "ErrorAnswer" if is_openais else "ErrorBody"
+                is_openai_s = path.startswith(("/v1/files", "/v1/batches", "/v1/webhook_"))
+                shape = "ErrorAnswer" if is_openai_s else "ErrorBody"
                 assert schema == {"$ref": f"#/components/schemas/{shape}"}
             assert "retry-after" in responses["503"]["headers"]

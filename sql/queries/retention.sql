@@ -1,0 +1,137 @@
+-- Retention: how long texts, facts and rollups are kept, and erasure on request. Maintenance does it in small steps.
+
+-- name: texts_request_erasure
+-- Note that a finished batch's texts are to go; maintenance goes on where a process ends.
+update batches
+set texts_erased_at = 'infinity'
+where workspace_id = %(workspace_id)s
+    and batch_id = %(batch_id)s
+    and completed_at is not null
+    and texts_erased_at is null;
+
+-- name: texts_overdue
+-- Note the same of batches whose workspace keeps texts no longer. Locks their rows in key order.
+with overdue as (
+    select b.workspace_id, b.batch_id
+    from batches b
+    join workspaces w on w.workspace_id = b.workspace_id
+    where b.texts_erased_at is null
+        and b.completed_at is not null
+        and b.batch_day < (clock() at time zone 'UTC')::date - coalesce(w.keep_texts_days, %(days)s::int)
+    order by b.workspace_id, b.batch_id
+    limit %(most)s
+    for no key update of b skip locked
+)
+update batches b
+set texts_erased_at = 'infinity'
+from overdue o
+where b.workspace_id = o.workspace_id and b.batch_id = o.batch_id;
+
+-- name: texts_erasing
+-- Batches whose erasure goes on. Reads their small index; locks nothing.
+select workspace_id, batch_day, batch_id
+from batches
+where texts_erased_at = 'infinity'
+order by batch_day, workspace_id, batch_id
+limit %(most)s;
+
+-- name: texts_erase
+-- Erase prompts and answers of ended items, some at a time; how many.
+select texts_erase(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(seqs)s::int[], %(most)s) as erased;
+
+-- name: texts_erased
+-- Nothing is left of a batch's texts; unless items were put back meanwhile, whose texts go when they have ended.
+update batches
+set texts_erased_at = clock_timestamp()
+where workspace_id = %(workspace_id)s
+    and batch_id = %(batch_id)s
+    and texts_erased_at = 'infinity'
+    and completed_at is not null;
+
+-- name: facts_overdue
+-- Finished batches whose workspace keeps their rows shorter than their partitions stay. Locks nothing.
+select b.workspace_id, b.batch_day, b.batch_id
+from workspaces w
+join batches b on b.workspace_id = w.workspace_id
+where w.keep_days is not null
+    and b.completed_at is not null
+    and b.batch_day < (clock() at time zone 'UTC')::date - w.keep_days
+    and exists (
+        select from items i
+        where i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
+    )
+order by b.batch_day, b.workspace_id, b.batch_id
+limit %(most)s;
+
+-- name: facts_forget
+-- Delete the rows of a batch, some items at a time; how many items. Batch and counters stay.
+select facts_forget(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(most)s) as forgotten;
+
+-- name: partitions_old
+-- Partitions that every workspace has ceased to keep and no unfinished batch needs. is_pending: a detach of it was
+-- interrupted. Events and attempts may go earlier than items and texts. Locks nothing.
+with child as (
+    select p.relname::text as parent, c.relname::text as partition, h.inhdetachpending as is_pending,
+        to_date(right(c.relname, 8), 'YYYYMMDD') as day
+    from pg_inherits h
+    join pg_class c on c.oid = h.inhrelid
+    join pg_class p on p.oid = h.inhparent
+    where p.relnamespace = 'public'::regnamespace
+        and p.relkind = 'p'
+        and p.relname in ('items', 'item_requests', 'item_results', 'attempts', 'events')
+        and c.relname ~ '_[0-9]{8}$'
+),
+longest as (
+    select greatest(%(days)s::int, (select max(w.keep_days) from workspaces w)) as days
+)
+select c.parent, c.partition, c.is_pending
+from child c
+cross join longest l
+where c.day < (clock() at time zone 'UTC')::date - case c.parent
+        when 'events' then least(l.days, %(events_days)s::int)
+        when 'attempts' then least(l.days, %(attempts_days)s::int)
+        else l.days
+    end
+    and not exists (select from batches b where b.batch_day = c.day and b.completed_at is null)
+    and not exists (select from rollup_due d where d.batch_day = c.day)
+order by c.day, c.parent <> 'items', c.parent;
+
+-- name: rollup_minutes_prune
+-- Forget minutes, some at a time.
+delete from rollup_minutes
+where ctid = any (array(
+    select m.ctid from rollup_minutes m where m.minute_at < clock() - make_interval(days => %(days)s) limit %(most)s
+));
+
+-- name: rollup_latency_minutes_prune
+-- The same of their durations.
+delete from rollup_latency_minutes
+where ctid = any (array(
+    select m.ctid
+    from rollup_latency_minutes m
+    where m.minute_at < clock() - make_interval(days => %(days)s)
+    limit %(most)s
+));
+
+-- name: rollup_hours_prune
+-- Forget hours, some at a time.
+delete from rollup_hours
+where ctid = any (array(
+    select m.ctid from rollup_hours m where m.hour_at < clock() - make_interval(days => %(days)s) limit %(most)s
+));
+
+-- name: rollup_latency_hours_prune
+-- The same of their durations.
+delete from rollup_latency_hours
+where ctid = any (array(
+    select m.ctid
+    from rollup_latency_hours m
+    where m.hour_at < clock() - make_interval(days => %(days)s)
+    limit %(most)s
+));
+
+-- name: workspace_keep
+-- Set how long a workspace's rows and texts are kept; null: as the settings say.
+update workspaces
+set keep_days = %(keep_days)s, keep_texts_days = %(keep_texts_days)s
+where workspace_id = %(workspace_id)s;
