@@ -78,7 +78,9 @@ with child as (
     join pg_class p on p.oid = h.inhparent
     where p.relnamespace = 'public'::regnamespace
         and p.relkind = 'p'
-        and p.relname in ('items', 'item_requests', 'item_results', 'attempts', 'events')
+        and p.relname in (
+            'items', 'item_requests', 'item_results', 'attempts', 'events', 'deliveries', 'delivery_attempts'
+        )
         and c.relname ~ '_[0-9]{8}$'
 ),
 longest as (
