@@ -124,7 +124,7 @@ async def test_a_day_is_dropped_when_nobody_keeps_it_and_rollups_and_counters_st
         await roll_up(scene)
         day = await aged(scene, batch, 10)
         await retention.tidy(scene.db, keeping(days=10))
-        assert len(await partitions(scene, day)) == 5
+        assert len(await partitions(scene, day)) == 7
         await retention.tidy(scene.db, keeping(days=9))
         assert await partitions(scene, day) == []
         assert (await scene.batch(batch.batch_id)).completed == 2
@@ -145,6 +145,8 @@ async def test_events_and_attempts_may_go_first(database: str) -> None:
         left = await partitions(scene, day)
         assert [name.rpartition("_")[0] for name in left] == [
             "attempts",
+            "deliveries",
+            "delivery_attempts",
             "item_requests",
             "item_results",
             "items",
@@ -163,7 +165,7 @@ async def test_a_day_stays_while_somebody_needs_it(database: str, what: str) -> 
             await scene.do("update workspaces set keep_days = 100")
         day = await aged(scene, batch, 10)
         await retention.tidy(scene.db, keeping(days=3))
-        assert len(await partitions(scene, day)) == 5
+        assert len(await partitions(scene, day)) == 7
 
 
 async def test_rows_of_a_workspace_that_keeps_them_shorter_are_deleted(database: str) -> None:
@@ -198,7 +200,7 @@ async def test_a_reader_of_an_old_day_delays_its_end_and_stops_no_claim(
         while not tidying.done():
             await asyncio.wait_for(finished(scene, 1), 5)
         await tidying
-        assert len(await partitions(scene, day)) == 5
+        assert len(await partitions(scene, day)) == 7
         await analyst.rollback()
         await retention.tidy(scene.db, keeping(days=3))
         assert await partitions(scene, day) == []
