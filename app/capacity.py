@@ -66,6 +66,14 @@ class Amount:
         return (self.requests, self.tokens, self.input_tokens, self.output_tokens, self.cost_nano)
 
     @property
+    def by_kind(self) -> "dict[Kind, int]":
+        """The most of each kind that it bounds, money apart."""
+        given = zip(
+            KINDS, (self.requests, self.tokens, self.input_tokens, self.output_tokens), strict=True
+        )
+        return {kind: most for kind, most in given if most is not None}
+
+    @property
     def most_input_tokens(self) -> int | None:
         """The largest prompt that could ever fit."""
         return _smaller(self.tokens, self.input_tokens)

@@ -535,28 +535,27 @@ class _View:
         for scope, amount in unused:
             if scope.scope_id in known and scope.kind == "value":
                 continue
-            for kind, most in zip(capacity.KINDS, amount.bounds, strict=True):
-                if most is not None:
-                    self.bounds.append(
-                        Bound(
-                            scope_id=scope.scope_id,
+            for kind, most in amount.by_kind.items():
+                self.bounds.append(
+                    Bound(
+                        scope_id=scope.scope_id,
+                        period=amount.period,
+                        kind=kind,
+                        most=most,
+                        used=0,
+                        is_sliding=amount.slides,
+                        is_paced=self._paces and amount.period == "minute",
+                        resets_in_s=_period_left(amount.period, self.now),
+                        of=LimitOf(
+                            scope=scope,
                             period=amount.period,
+                            is_sliding=amount.slides,
+                            source="given",
                             kind=kind,
                             most=most,
-                            used=0,
-                            is_sliding=amount.slides,
-                            is_paced=self._paces and amount.period == "minute",
-                            resets_in_s=_period_left(amount.period, self.now),
-                            of=LimitOf(
-                                scope=scope,
-                                period=amount.period,
-                                is_sliding=amount.slides,
-                                source="given",
-                                kind=kind,
-                                most=most,
-                            ),
-                        )
+                        ),
                     )
+                )
 
     def limit(self, limit_id: UUID | None) -> LimitOf | None:
         """A limit that somebody waits for, by the kind of which least is left."""

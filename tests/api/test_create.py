@@ -459,7 +459,7 @@ async def test_a_request_is_checked_as_far_as_any_provider_would(service: Servic
         (good | {"vmx": {"correlationId": "a\0"}}, "request.vmx"),
         (good | {"vmx": {"metadata": {"a": 1}}}, "request.vmx.metadata[...]"),
         (good | {"vmx": {"providerArgs": []}}, "request.vmx.providerArgs"),
-        (good | {"vmx": {"secondaryModelIndex": 0}}, "request.vmx.secondaryModelIndex"),
+        (good | {"vmx": {"secondaryModelIndex": -1}}, "request.vmx.secondaryModelIndex"),
         (good | {"vmx": {"resourceConfigOverrides": {"x": 1}}}, "request.vmx.resourceConfigOverrides"),
     ]  # fmt: skip
     items = [service.item() | {"request": request} for request, _ in wrong]
