@@ -99,8 +99,8 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     """An item. ``outputTokens`` and ``completionTokens`` are the same number.
 
     ``response`` is the provider's reply: ``data``, its body as it came, and ``headers``, its x- ones;
-    with responseFormat=openai that body alone. ``attempts`` counts the calls; ``calls`` (if asked
-    for) tells of each.
+    with responseFormat=openai that body alone. Both read null once they were erased. ``attempts``
+    counts the calls; ``calls`` (if asked for) tells of each.
     """
 
     workspace_id: UUID
@@ -111,7 +111,7 @@ class ItemBody(Answer, kw_only=True, frozen=True):
     custom_id: str | None
     resource_id: UUID
     status: WireStatus
-    request: Json | UnsetType = UNSET
+    request: Json | UnsetType | None = UNSET
     response: Json | None
     correlation_id: str
     model: str | None
