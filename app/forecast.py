@@ -36,9 +36,10 @@ from typing import Literal
 from uuid import UUID
 
 from app import capacity
-from app.batches import Appraisal, Batch
+from app.batches import Batch
 from app.capacity import Amount, Kind, NamedScope, Period, Usage
 from app.db import Connection, Query
+from app.intake import Appraisal
 from app.queue import WaitReason
 
 Reason = Literal["capacity", "pace", "concurrency", "cooldown", "retry", "paused", "worker"]

@@ -21,7 +21,7 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from app import batches
+from app import intake
 from app.batch_lines import LineError
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError
@@ -181,7 +181,7 @@ async def submit(conn: Connection, new: NewSubmission) -> UUID:
     Needs a transaction. Raises ConflictError when the idempotency key was used for another request.
     """
     if new.idempotency_key is not None:
-        await batches.lock_idempotency(
+        await intake.lock_idempotency(
             conn,
             workspace_id=new.workspace_id,
             environment_id=new.environment_id,

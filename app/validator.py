@@ -15,14 +15,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from app import api_keys, batches, capacity, files, models, quotas, submissions
+from app import api_keys, capacity, files, intake, models, quotas, submissions
 from app.batch_lines import BatchLines, Line, LineError
-from app.batches import Ingest, NewBatch, NewItem
 from app.crossroads import Crossroads, crossroads
 from app.db import CONNECTION_ERRORS, Connection, Database
 from app.doorbell import EVENTS, WORK, Ringer
 from app.errors import Problem, QuotaError, TooLargeError, ValidationError
 from app.ids import uuid7
+from app.intake import Ingest, NewBatch, NewItem
 from app.log import Log
 from app.resources import Resource
 from app.settings import Settings
@@ -333,7 +333,7 @@ class Validator:
             created_by_api_key_id=held.created_by_api_key_id,
         )
         async with self._db.connection() as conn:
-            await batches.prepare_day(conn, batch)
+            await intake.prepare_day(conn, batch)
         async with self._db.transaction() as conn:
             ingest = await self._fill(conn, held, batch, reading)
             try:

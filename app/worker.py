@@ -31,12 +31,12 @@ import msgspec
 import psycopg
 
 from app import __version__, connections, queue
-from app.batches import vmx_of
 from app.connections import Route
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import ABORTS, EVENTS, WORK, Listener, Ringer
 from app.errors import SecretError
 from app.ids import uuid7
+from app.intake import vmx_of
 from app.log import Log
 from app.presets import key_header_of, protocol_of
 from app.provider import Answered, Call, Endpoint, Provider, Rejected, Throttled, Unreachable

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-from app.batches import NewBatch
+from app.intake import NewBatch
 from bench import http_clients
 from bench._queueing import AMPLE
 from bench._rig import Rig

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, LiteralString
 from uuid import UUID
 
-from app import batches
-from app.batches import NewBatch
+from app import intake
 from app.db import Connection
 from app.ids import uuid7
+from app.intake import NewBatch
 
 _BODY = '{"messages":[{"role":"user","content":"Where is my card?"}],"max_tokens":64}'
 _ANSWER = (
@@ -94,7 +94,7 @@ async def fill(
     at_once = max(_MOST_ROWS // items, 1)
     while len(made) < number:
         first = NewBatch(type="async", **ids)
-        await batches.prepare_day(conn, first)
+        await intake.prepare_day(conn, first)
         some = [uuid7() for _ in range(min(at_once, number - len(made)))]
         params = {
             **ids,

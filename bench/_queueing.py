@@ -17,10 +17,11 @@ from uuid import UUID
 import psycopg
 
 from app import queue
-from app.batches import Batch, NewBatch
+from app.batches import Batch
 from app.capacity import Amount
 from app.db import Connection
 from app.ids import uuid7
+from app.intake import NewBatch
 from app.queue import Item, Outcome, Settlement
 from bench._rig import Rig
 from bench.http_clients import ANSWER

@@ -30,15 +30,17 @@ from app import (
     connections,
     doctor,
     embedded,
+    intake,
     migrate,
     resources,
     settings,
     tenants,
 )
-from app.batches import Batch, Ingest, NewBatch, NewItem
+from app.batches import Batch
 from app.capacity import Amount
 from app.db import Database
 from app.doorbell import WORK, Ringer
+from app.intake import Ingest, NewBatch, NewItem
 from app.secrets import Keyring, load_or_create_key_file
 
 START_S = 60.0
@@ -288,7 +290,7 @@ class Rig:
         """A batch of these requests, with further fields of `NewBatch`."""
         batch = NewBatch(type="async", **self.ids, **(fields or {}))
         async with self.db.connection() as conn:
-            await batches.prepare_day(conn, batch)
+            await intake.prepare_day(conn, batch)
         async with self.db.transaction() as conn:
             resource = await resources.get(conn, resource_id=resource_id, **self.ids)
             assert resource is not None

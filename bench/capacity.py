@@ -37,9 +37,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from app.batches import NewBatch
 from app.capacity import Amount
 from app.inputs import json_body
+from app.intake import NewBatch
 from bench._rig import Rig
 
 QUICK_S = 90.0

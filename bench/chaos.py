@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.batches import NewBatch
 from app.capacity import Amount
 from app.db import CONNECTION_ERRORS
 from app.inputs import json_body
+from app.intake import NewBatch
 from bench._rig import Rig
 
 

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from uuid import UUID
 
-from app import batches
-from app.batches import NewBatch
+from app import intake
 from app.ids import uuid7
+from app.intake import NewBatch
 from bench import _figures
 from bench._api import Api, key_of, serving
 from bench._figures import Figure, Part, Run
@@ -53,7 +53,7 @@ async def _copied(rig: Rig, resource_id: UUID, bodies: list[bytes]) -> float:
     items = [(*key, resource_id, n, 100, 64) for n in range(len(bodies))]
     texts = [(*key, n, text.decode()) for n, text in enumerate(bodies)]
     async with rig.db.connection() as conn:
-        await batches.prepare_day(conn, batch)
+        await intake.prepare_day(conn, batch)
         begun = time.perf_counter()
         async with conn.transaction(), conn.cursor() as cursor:
             async with cursor.copy(

@@ -31,10 +31,10 @@ from typing import Any
 
 import psycopg
 
-from app import batches, connections, embedded, migrate, queue, resources, tenants
-from app.batches import Ingest, NewBatch, NewItem
+from app import connections, embedded, intake, migrate, queue, resources, tenants
 from app.db import Database
 from app.ids import uuid7
+from app.intake import Ingest, NewBatch, NewItem
 from app.queue import Outcome, Settlement
 from app.secrets import Keyring
 
@@ -354,7 +354,7 @@ async def _submit(db: Database, tenant: dict[str, Any]) -> None:
     )
     resource_id = tenant["resource_ids"][0]
     async with db.connection() as conn:
-        await batches.prepare_day(conn, batch)
+        await intake.prepare_day(conn, batch)
     async with db.transaction() as conn:
         resource = await resources.get(
             conn,

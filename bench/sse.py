@@ -41,19 +41,19 @@ import uvloop
 
 from app import (
     api_keys,
-    batches,
     connections,
     embedded,
+    intake,
     migrate,
     queue,
     resources,
     settings,
     tenants,
 )
-from app.batches import Ingest, NewBatch, NewItem
 from app.db import CONNECTION_ERRORS, Database
 from app.doorbell import EVENTS, Ringer
 from app.ids import uuid7
+from app.intake import Ingest, NewBatch, NewItem
 from app.queue import Item, Outcome, Settlement
 from app.secrets import Keyring, load_or_create_key_file
 from bench import _figures
@@ -472,7 +472,7 @@ async def _submit(
     }
     batch = NewBatch(type="async", **ids)
     async with db.connection() as conn:
-        await batches.prepare_day(conn, batch)
+        await intake.prepare_day(conn, batch)
     async with db.transaction() as conn:
         resource = await resources.get(conn, resource_id=resource_id, **ids)
         assert resource is not None

@@ -14,12 +14,13 @@ from uuid import UUID
 
 import psycopg
 
-from app import api_keys, batches, capacity, connections, events, items, queue, tenants
-from app.batches import Batch, Ingest, NewBatch, NewItem
+from app import api_keys, batches, capacity, connections, events, intake, items, queue, tenants
+from app.batches import Batch
 from app.capacity import Amount, LimitUse
 from app.db import Connection, Database
 from app.events import Event
 from app.ids import uuid7
+from app.intake import Ingest, NewBatch, NewItem
 from app.queue import Claim, Item, Observation, Outcome, Settled, Settlement
 from app.resources import create as create_resource
 from app.resources import get as get_resource
@@ -165,7 +166,7 @@ class Scene:
             expires_at=None if expires_in is None else await self.now(expires_in),
         )
         async with self.db.connection() as conn:
-            await batches.prepare_day(conn, batch)
+            await intake.prepare_day(conn, batch)
         async with self.db.transaction() as conn:
             known = {
                 resource_id: found

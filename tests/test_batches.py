@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import batches, items
-from app.batches import Batch, Ingest, NewBatch, NewItem
+from app import batches, intake, items
+from app.batches import Batch
 from app.db import Connection, Database
 from app.errors import ConflictError, ValidationError
 from app.ids import uuid7
+from app.intake import Ingest, NewBatch, NewItem
 from app.queue import Outcome
 from app.resources import get as get_resource
 from tests.conftest import cloned
@@ -57,7 +58,7 @@ async def ingest(
     )
     if conn is None:
         async with scene.db.connection() as own:
-            await batches.prepare_day(own, batch)
+            await intake.prepare_day(own, batch)
         async with scene.db.transaction() as own:
             return await ingest(
                 scene,
@@ -303,7 +304,7 @@ async def test_twenty_thousand_items_take_seconds(world: Database) -> None:
 
 async def create_once(scene: Scene, conn: Connection, key: str, *, content: bytes = b"1") -> UUID:
     """What the API does: look the key up, and create only when there is none."""
-    known = await batches.replay(
+    known = await intake.replay(
         conn,
         workspace_id=scene.workspace_id,
         environment_id=scene.environment_id,

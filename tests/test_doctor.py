@@ -6,10 +6,10 @@ import psycopg
 import pytest
 
 from app import connections, migrate, resources, tenants
-from app.batches import Ingest, NewBatch, NewItem, prepare_day
 from app.capacity import Amount
 from app.db import Connection, Database
 from app.doctor import Finding, examine
+from app.intake import Ingest, NewBatch, NewItem, prepare_day
 from app.secrets import Keyring
 from app.settings import Settings
 

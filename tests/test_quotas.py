@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from app import batches, connections, quotas, resources, tenants
-from app.batches import Ingest, NewBatch, NewItem
+from app import connections, intake, queue, quotas, resources, tenants
 from app.db import Connection, Database
 from app.errors import QuotaError, TooLargeError
+from app.intake import Ingest, NewBatch, NewItem
 from app.quotas import Amounts
 from app.resources import Resource
 from app.secrets import Keyring
@@ -53,7 +53,7 @@ async def create(
         workspace_id=resource.workspace_id, environment_id=resource.environment_id, type="async"
     )
     async with db.connection() as conn:
-        await batches.prepare_day(conn, batch)
+        await intake.prepare_day(conn, batch)
     async with db.transaction() as conn:
         ingest = Ingest(conn, batch, {resource.resource_id: resource}, quota=quota)
         await ingest.add([NewItem(resource_id=resource.resource_id, body=body)] * items)
@@ -119,8 +119,8 @@ async def test_what_ended_makes_room(db: Database, resource: Resource) -> None:
     with pytest.raises(QuotaError):
         await create(db, resource, quota=quota)
     async with db.transaction() as conn:
-        await batches.queue.cancel(conn, workspace_id=first.workspace_id, batch_id=first.batch_id)
-        await batches.queue.cancel_chunk(
+        await queue.cancel(conn, workspace_id=first.workspace_id, batch_id=first.batch_id)
+        await queue.cancel_chunk(
             conn,
             workspace_id=first.workspace_id,
             batch_day=first.batch_day,

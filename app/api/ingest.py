@@ -29,6 +29,7 @@ from app import (
     batches,
     capacity,
     forecast,
+    intake,
     prices,
     quotas,
     resources,
@@ -44,7 +45,7 @@ from app.api.wire import problems_of
 from app.api.wire_batches import BatchHead, problems_of_deadline
 from app.api.wire_capacity import amounts, capacity_entries
 from app.api.wire_webhooks import CallbackOptions, callback_options
-from app.batches import Appraisal, Appraiser, BatchType, Ingest, NewBatch, NewItem
+from app.batches import BatchType
 from app.capacity import Amount
 from app.crossroads import crossroads
 from app.db import Connection
@@ -56,6 +57,7 @@ from app.errors import (
     ValidationError,
 )
 from app.forecast import Plan
+from app.intake import Appraisal, Appraiser, Ingest, NewBatch, NewItem
 from app.log import Log
 from app.resources import Resource
 from app.validator import quota_of
@@ -172,10 +174,10 @@ async def create_batch(context: Context, request: AnyRequest, key: Principal) ->
             batch = replace(batch, currency=currency)
         batch = replace(batch, idempotency_key=idempotency_key, request_hash=body.sha256)
         async with context.db.connection() as conn:
-            await batches.prepare_day(conn, batch)
+            await intake.prepare_day(conn, batch)
         async with context.db.transaction() as conn:
             if idempotency_key is not None:
-                known = await batches.replay(
+                known = await intake.replay(
                     conn,
                     workspace_id=key.workspace_id,
                     environment_id=key.environment_id,
@@ -718,7 +720,7 @@ async def _new_items(
                     body=bytes(item.request),
                     custom_id=item.custom_id,
                     max_attempts=item.max_attempts,
-                    vmx=batches.vmx_of(bytes(item.request).decode()),
+                    vmx=intake.vmx_of(bytes(item.request).decode()),
                 )
             )
             if size >= STEP:

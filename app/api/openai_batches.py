@@ -41,13 +41,13 @@ from app.api.openai_wire import BatchesPage, BatchObject, ErrorAnswer, EstimateO
 from app.api.query import number
 from app.api.wire import Json, Name, Text, Whole
 from app.api.wire_batches import Priority, Weight, duration
-from app.batches import Appraiser, NewBatch
 from app.db import Connection
 from app.doorbell import EVENTS, WORK
 from app.errors import ConflictError, NotFoundError, Problem, ValidationError
 from app.files import File
 from app.forecast import Plan
 from app.ids import uuid7
+from app.intake import Appraiser, NewBatch
 from app.log import Log
 from app.resources import Resource
 from app.submissions import NewSubmission, Submitted

@@ -20,11 +20,11 @@ from app.api import errors
 from app.api.errors import AnyRequest, ErrorBody
 from app.api.wire import Json, encode, object_of, problems_of
 from app.batch_lines import LineError
-from app.batches import Appraisal
 from app.errors import NotFoundError, ValidationError
 from app.files import File
 from app.forecast import Plan
 from app.ids import batch_file_id
+from app.intake import Appraisal
 from app.results import ResultFile, ResultLine
 from app.submissions import Submitted
 from app.validator import Reading

@@ -11,8 +11,9 @@ from uuid import UUID
 
 from litestar.params import PathParameter, QueryParameter
 
-from app.batches import MOST_ITEMS, BatchType, Status
+from app.batches import BatchType, Status
 from app.errors import Problem, ValidationError
+from app.intake import MOST_ITEMS
 
 BatchId = Annotated[UUID, PathParameter(name="batchId")]
 ItemId = Annotated[UUID, PathParameter(name="itemId")]

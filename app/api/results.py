@@ -22,9 +22,10 @@ from app.api.context import Context, Given
 from app.api.described import Answer
 from app.api.errors import AnyRequest
 from app.api.wire_batches import ItemBody, Shape
-from app.batches import MOST_ITEMS, Batch, Status
+from app.batches import Batch, Status
 from app.errors import NotFoundError
 from app.ids import item_seq
+from app.intake import MOST_ITEMS
 from app.items import Item, Only
 from app.replies import answer_text
 

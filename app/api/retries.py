@@ -11,7 +11,7 @@ from typing import Final
 from litestar.openapi.spec import Example, Operation, Schema
 from litestar.openapi.spec.enums import OpenAPIType
 
-from app import batches, items
+from app import batches, intake, items
 from app.api import described
 from app.api.context import Context
 from app.api.wire_batches import BatchRetry, problems_of_deadline
@@ -49,9 +49,7 @@ class RetryOperation(Operation):
                 [],
                 itemIds=described.texts,
                 customIds=described.texts,
-                indexes=Schema(
-                    type=OpenAPIType.ARRAY, items=described.whole(0, batches.MOST_ITEMS)
-                ),
+                indexes=Schema(type=OpenAPIType.ARRAY, items=described.whole(0, intake.MOST_ITEMS)),
                 errorCodes=described.texts,
                 statuses=Schema(
                     type=OpenAPIType.ARRAY, items=described.words("FAILED", "EXPIRED", "CANCELLED")

@@ -35,10 +35,11 @@ from app.api.wire_capacity import (
     limit_ref,
     waiting_body,
 )
-from app.batches import Appraisal, Batch, Status
+from app.batches import Batch, Status
 from app.errors import Problem
 from app.forecast import Outlook, Plan
 from app.ids import item_id
+from app.intake import Appraisal
 from app.items import Attempt, Item
 from app.prices import NANO
 

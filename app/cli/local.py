@@ -21,8 +21,8 @@ from uuid import UUID
 
 import click
 
-from app import batches, capacity, connections, items, queue, resources, tenants
-from app.batches import TERMINAL, Batch, Ingest, NewBatch, NewItem, RunBatch
+from app import batches, capacity, connections, intake, items, queue, resources, tenants
+from app.batches import TERMINAL, Batch, RunBatch
 from app.capacity import Amount
 from app.cli import INTERRUPTED, TERMINATED
 from app.cli.answers import Tally, write_answers
@@ -33,6 +33,7 @@ from app.db import CONNECTION_ERRORS, Connection, Database
 from app.doorbell import WORK, Ringer
 from app.errors import InputError, SecretError, UsageError
 from app.inputs import Input, Row, digest
+from app.intake import Ingest, NewBatch, NewItem
 from app.items import Result
 from app.maintenance import Maintenance
 from app.resources import Resource
@@ -334,7 +335,7 @@ class _Run:
                     break
             batch = self._batch(generation, covered)
             async with self._db.connection() as conn:
-                await batches.prepare_day(conn, batch)
+                await intake.prepare_day(conn, batch)
             added = await self._db.persist(
                 lambda b=batch, c=covered: self._ingest(b, c, before), what="storing the rows"
             )
@@ -365,7 +366,7 @@ class _Run:
         async with self._db.transaction() as conn:
             assert batch.idempotency_key is not None
             assert batch.request_hash is not None
-            known = await batches.replay(
+            known = await intake.replay(
                 conn,
                 workspace_id=tenant.workspace_id,
                 environment_id=tenant.environment_id,

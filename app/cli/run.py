@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 import click
 
 from app import settings
-from app.batches import parse_body
 from app.cli import client
 from app.cli.answers import default_output, usable_output
 from app.cli.local import OPENAI, Job, run_locally
@@ -17,6 +16,7 @@ from app.cli.remote import Errand, run_remotely
 from app.cli.store import open_store
 from app.errors import InputError, UsageError
 from app.inputs import Format, Input, open_input
+from app.intake import parse_body
 
 _EPILOG = """\b
 FILE is CSV with a header (then --prompt says what to ask), JSON lines that are each the body of a

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.batches import NewItem
+from app.intake import NewItem
 from app.settings import Settings
 from tests.api.conftest import Json, Service
 from tests.examples import ASYNC_EXAMPLE, CALLBACK_EXAMPLE, SYNC_EXAMPLE, directed
@@ -435,7 +435,7 @@ async def test_a_failing_ingest_rolls_everything_back(
     async def broken(_: object, items: list[NewItem]) -> None:
         raise RuntimeError(f"a secret about {len(items)} items")
 
-    monkeypatch.setattr("app.batches.Ingest.add", broken)
+    monkeypatch.setattr("app.intake.Ingest.add", broken)
     told = await refused(service, {"type": "ASYNC", "items": [service.item()]}, 500)
     assert told["errorCode"] == "INTERNAL_SERVER_ERROR"
     assert "secret" not in json.dumps(told)

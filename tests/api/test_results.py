@@ -6,7 +6,7 @@ import io
 import json
 import tracemalloc
 
-from app.batches import MOST_ITEMS
+from app.intake import MOST_ITEMS
 from tests.api.conftest import Json, Service
 
 
