@@ -1,4 +1,4 @@
-"""Do the thirty questions of docs/reporting.md answer in time, and does the engine go on beside them?
+"""Do the thirty-one questions of docs/reporting.md answer in time, and does the engine go on beside them?
 
 Method. An embedded Postgres (fsync on) is filled with ``--rows`` attempts by one INSERT … SELECT from
 generate_series: one workspace, four resources, batches of 100,000 items over ten days, a fiftieth of the calls

@@ -65,8 +65,8 @@ async def test_the_dictionary_is_what_the_comments_say(shared_database: str) -> 
     assert written == dictionary(await described(shared_database))
 
 
-def test_there_are_thirty_questions() -> None:
-    assert len(QUESTIONS) == 30
+def test_there_are_thirty_one_questions() -> None:
+    assert len(QUESTIONS) == 31
 
 
 async def test_every_question_is_answered(database: str) -> None:

@@ -18,6 +18,7 @@ from app import reports
 from app.batches import Batch
 from app.db import Connection
 from app.errors import UsageError
+from app.ids import uuid7
 from app.queue import Outcome
 from tests.scene import Scene
 from tests.test_prices import price, put
@@ -204,6 +205,79 @@ async def test_every_view_on_a_small_history(database: str) -> None:
         )
         assert health[0][1] >= 3
         assert batch.batch_id == (await seen(scene, "batch_id", "batches"))[0][0]
+
+
+async def test_deliveries_say_whom_we_told_how_late(database: str) -> None:
+    """A batch's end, refused and then taken, and a file refused as a whole, which still waits."""
+    async with Scene.open(database) as scene:
+        hook, refused = uuid7(), uuid7()
+        await scene.do(
+            "insert into endpoints (workspace_id, endpoint_id, environment_id, name, url, event_types,"
+            " secret_key_id, secret, secret_hint) values (%s, %s, %s, 'ends',"
+            " 'https://example.com:8443/hook/s3cret?token=s3cret',"
+            " '{batch.completed,batch.failed}', 'k', 's3cret', 's3cret')",
+            *(scene.workspace_id, hook, scene.environment_id),
+        )
+        batch = await scene.submit(1)
+        await scene.settle((await scene.claim()).items)
+        await scene.do("update batches set name = 'tickets'")
+        await scene.do(
+            "update deliveries set status = 'delivered', attempt = 3, failures = 1,"
+            " created_at = '2026-03-01 12:00:00Z', ended_at = '2026-03-01 12:00:07.5Z'"
+        )
+        # The second try's process vanished.
+        for attempt, started, latency, status, error in (
+            (1, "2026-03-01 12:00:01Z", 20, 503, "bad_status"),
+            (3, "2026-03-01 12:00:07Z", 500, 204, None),
+        ):
+            await scene.do(
+                "insert into delivery_attempts select workspace_id, batch_day, batch_id, event_no, endpoint_id,"
+                " %s, %s, %s, %s, %s, 's3cret' from deliveries",
+                *(attempt, started, latency, status, error),
+            )
+        await scene.do(
+            "insert into submissions (workspace_id, batch_id, environment_id, input_file_id, endpoint,"
+            " completion_window, name, created_by_api_key_id, expires_at, status, decided_at)"
+            " values (%s, %s, %s, %s, '/v1/chat/completions', '24h', 'mistaken', %s, now(), 'failed', now())",
+            *(scene.workspace_id, refused, scene.environment_id, uuid7(), uuid7()),
+        )
+        await scene.do(
+            "select webhooks_append(%s, %s, %s, %s, 'batch-failed', 0, 'batch.failed', '2026-03-02 12:00:00Z')",
+            *(scene.workspace_id, scene.environment_id, batch.batch_day, refused),
+        )
+        assert await seen(
+            scene,
+            "workspace_name, environment_name, batch_id, batch_name, item_index, endpoint_id, endpoint_kind,"
+            " endpoint_name, endpoint_origin, event_kind, event_type, status, tries, failures,"
+            " last_status_code, last_error_code, last_latency_ms, last_tried_at, next_try_at, ended_at",
+            "deliveries order by created_at",
+        ) == [
+            (
+                *("w", "e", batch.batch_id, "tickets", None, hook, "webhook", "ends"),
+                *("https://example.com:8443", "batch-completed", "batch.completed"),
+                *(
+                    "delivered",
+                    3,
+                    1,
+                    204,
+                    None,
+                    500,
+                    at("01 12:00:07"),
+                    None,
+                    at("01 12:00:07.500"),
+                ),
+            ),
+            (
+                *("w", "e", refused, "mistaken", None, hook, "webhook", "ends"),
+                *("https://example.com:8443", "batch-failed", "batch.failed"),
+                *("pending", 0, 0, None, None, None, None, at("02 12:00:00"), None),
+            ),
+        ]
+        assert await seen(scene, "lag_s", "deliveries where status = 'delivered'") == [
+            (Decimal("7.500"),)
+        ]
+        # Neither secrets nor what was sent: the URL's path may hold a token.
+        assert "s3cret" not in str(await seen(scene, "d::text", "deliveries d"))
 
 
 async def test_percentiles_are_at_most_a_tenth_too_high(database: str) -> None:
