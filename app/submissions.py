@@ -9,7 +9,8 @@ that serves the API (`app.validator`), and in the end accepted, failed or cancel
         └── its lease passes: another process begins anew
 
 The fencing number is the lease's id: who lost the lease decides nothing. From acceptance on the
-batch is like any other; `Submitted` joins both, and also shows batches that were never a file.
+batch is like any other; `Submitted` joins both, and also shows batches that were never a file. One that
+never becomes a batch is told to the webhooks of its environment by the transaction that decides so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,11 @@ from uuid import UUID
 import msgspec
 from psycopg.types.json import Jsonb
 
-from app import intake
+from app import intake, queue
 from app.batch_lines import LineError
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError
-from app.ids import uuid7
+from app.ids import created_on, uuid7
 
 State = Literal[
     "validating",
@@ -171,14 +172,21 @@ _submission_renew = Query("submissions", "submission_renew", NoRow)
 _submission_release = Query("submissions", "submission_release", NoRow)
 _submission_decide = Query("submissions", "submission_decide", NoRow)
 _submission_cancel = Query("submissions", "submission_cancel", NoRow)
+_submission_tell = Query("submissions", "submission_tell", NoRow)
 _submitted_ids = Query("submissions", "submitted_ids", _Id)
 _submitted_some = Query("submissions", "submitted_some", Submitted)
+
+
+async def prepare_day(conn: Connection, new: NewSubmission) -> None:
+    """Make its partitions, outside of and before any transaction that may decide on it."""
+    await queue.ensure_partitions(conn, day=created_on(new.batch_id))
 
 
 async def submit(conn: Connection, new: NewSubmission) -> UUID:
     """Take a batch in, to be validated; its id, or that of the one this very request made before.
 
-    Needs a transaction. Raises ConflictError when the idempotency key was used for another request.
+    Needs a transaction, and ``prepare_day`` before it. Raises ConflictError when the idempotency key
+    was used for another request.
     """
     if new.idempotency_key is not None:
         await intake.lock_idempotency(
@@ -267,13 +275,23 @@ async def decide(
         model=model,
         errors=Jsonb(msgspec.to_builtins(list(errors))),
     )
+    if decided and errors:
+        await _tell(conn, workspace_id=held.workspace_id, batch_id=held.batch_id)
     return decided > 0
 
 
 async def cancel(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> bool:
-    """Cancel it while it is validated; False when it is not any more."""
+    """Cancel it while it is validated; False when it is not any more. Needs a transaction."""
     cancelled = await _submission_cancel.run(conn, workspace_id=workspace_id, batch_id=batch_id)
+    if cancelled:
+        await _tell(conn, workspace_id=workspace_id, batch_id=batch_id)
     return cancelled > 0
+
+
+async def _tell(conn: Connection, *, workspace_id: UUID, batch_id: UUID) -> None:
+    await _submission_tell.run(
+        conn, workspace_id=workspace_id, batch_id=batch_id, batch_day=created_on(batch_id)
+    )
 
 
 async def page(

@@ -314,6 +314,7 @@ class Validator:
             ):
                 raise _LostError
         log.info("batch.invalid", batch=held.batch_id, mistakes=len(reading.errors))
+        self._ringer.ring(EVENTS, [held.batch_id])
 
     async def _ingest(self, held: Leased, lease_id: UUID, reading: Reading) -> None:
         """Make the batch; raises _InvalidError, and then nothing is made."""

@@ -8,12 +8,18 @@ from uuid import UUID
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from openai.types.webhooks import BatchCompletedWebhookEvent, WebhookEndpointWithSecret
+from openai.types import Batch
+from openai.types.webhooks import (
+    BatchCompletedWebhookEvent,
+    BatchFailedWebhookEvent,
+    WebhookEndpointWithSecret,
+)
 from standardwebhooks.webhooks import WebhookVerificationError
 
-from app import workspaces
+from app import submissions, workspaces
 from app.db import Database
 from app.doorbell import EVENTS
+from app.ids import uuid7
 from tests.api.conftest import Service, server_on, service_on
 from tests.receivers import Json, Receiver, Reply, Request, receiving
 from tests.test_callbacks import KEY, SETTINGS, run, sending, until
@@ -226,23 +232,56 @@ async def test_an_expired_batch_says_so(service: Service, client: AsyncOpenAI) -
     assert request.told["data"]["request_counts"]["failed"] == 2
 
 
-async def test_a_batch_that_never_was_can_be_told_of(service: Service, client: AsyncOpenAI) -> None:
-    """What the OpenAI routes refuse as a whole has no rows of its own, only an id."""
-    async with receiving() as receiver, sending(service):
-        await client.webhooks.create(name="x", url=receiver.url, event_types=["batch.failed"])
-        await service.create("a")
-        await service.work()  # completed: not asked for
-        await run(
-            service,
-            "select webhooks_append(%s, %s, current_date, %s, 'batch-failed', 0, 'batch.failed', now())",
-            service.environment.workspace_id,
-            service.environment.environment_id,
-            service.key_id,
+async def validated(client: AsyncOpenAI, text: bytes) -> Batch:
+    """A batch that is to be made of a file of that text."""
+    file = await client.files.create(file=("in.jsonl", text), purpose="batch")
+    return await client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+
+
+async def test_a_file_that_is_refused_is_told_of(service: Service, client: AsyncOpenAI) -> None:
+    """It has no row of batches, only an id; who did not ask for failures is told nothing."""
+    async with receiving() as receiver, receiving() as other, sending(service):
+        made = await client.webhooks.create(
+            name="x", url=receiver.url, event_types=["batch.failed"]
         )
-        service.context.ringer.ring(EVENTS, [service.key_id])
+        await client.webhooks.create(name="y", url=other.url, event_types=["batch.completed"])
+        batch = await validated(client, b"no json\n")
         (request,) = await told(receiver, 1)
-    assert request.told["type"] == "batch.failed"
-    assert request.told["data"] == {"id": f"batch_{service.key_id.hex}"}
+        request.verify(made.signing_secret)
+        event = client.webhooks.unwrap(request.body, request.headers, secret=made.signing_secret)
+        assert isinstance(event, BatchFailedWebhookEvent)
+        assert event.data.id == batch.id
+        assert event.id == f"evt_{batch.id.removeprefix('batch_')}_0"
+        assert (await client.batches.retrieve(batch.id)).status == "failed"
+        await service.create("a")
+        await service.work()
+        assert [r.told["type"] for r in await told(other, 1)] == ["batch.completed"]
+        assert len(receiver.got) == 1
+
+
+async def test_a_batch_cancelled_while_it_is_validated_is_told_of_once(
+    service: Service, client: AsyncOpenAI
+) -> None:
+    """Not even when its validator comes to its end afterwards."""
+    service.context.validator._at_once = 0  # pyright: ignore[reportPrivateUsage] - nobody validates
+    async with receiving() as receiver, sending(service):
+        await hook(client, receiver.url)
+        batch = await validated(client, b"no json\n")
+        lease_id = uuid7()
+        async with service.db.connection() as conn:
+            held = await submissions.lease(conn, lease_id=lease_id, lease_s=60)
+        assert held is not None
+        for _ in range(2):
+            assert (await client.batches.cancel(batch.id)).status == "cancelled"
+        await service.context.validator._validate(held, lease_id)  # pyright: ignore[reportPrivateUsage]
+        (request,) = await told(receiver, 1)
+        assert request.told["type"] == "batch.cancelled"
+        assert request.told["data"] == {"id": batch.id}
+        async with service.db.connection() as conn:
+            rows = await (await conn.execute("select event_no, topic from deliveries")).fetchall()
+        assert rows == [(0, "batch.cancelled")]
 
 
 async def test_a_rotated_secret_overlaps_for_a_day(service: Service, client: AsyncOpenAI) -> None:

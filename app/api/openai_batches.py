@@ -171,29 +171,29 @@ async def create(request: AnyRequest, context: Given, caller: Caller) -> Respons
             default=validator.quota_of(context.settings),
             added=quotas.Amounts(items=1, batches=1, bytes=0),
         )
+    new = NewSubmission(
+        workspace_id=caller.workspace_id,
+        environment_id=caller.environment_id,
+        input_file_id=file.file_id,
+        endpoint=wanted.endpoint,
+        completion_window=str(given["completion_window"]),
+        window=wanted.completion_window,
+        name=wanted.name,
+        metadata=wanted.metadata,
+        priority=wanted.priority,
+        weight=wanted.weight,
+        output_expires_s=wanted.output_expires_after.seconds
+        if wanted.output_expires_after is not None
+        else None,
+        source_ip=request.client.host if request.client is not None else None,
+        idempotency_key=_idempotency_key(request),
+        request_hash=hashlib.sha256(body).digest(),
+        created_by_api_key_id=_key_id(caller),
+    )
+    async with context.db.connection() as conn:
+        await submissions.prepare_day(conn, new)
     async with context.db.transaction() as conn:
-        batch_id = await submissions.submit(
-            conn,
-            NewSubmission(
-                workspace_id=caller.workspace_id,
-                environment_id=caller.environment_id,
-                input_file_id=file.file_id,
-                endpoint=wanted.endpoint,
-                completion_window=str(given["completion_window"]),
-                window=wanted.completion_window,
-                name=wanted.name,
-                metadata=wanted.metadata,
-                priority=wanted.priority,
-                weight=wanted.weight,
-                output_expires_s=wanted.output_expires_after.seconds
-                if wanted.output_expires_after is not None
-                else None,
-                source_ip=request.client.host if request.client is not None else None,
-                idempotency_key=_idempotency_key(request),
-                request_hash=hashlib.sha256(body).digest(),
-                created_by_api_key_id=_key_id(caller),
-            ),
-        )
+        batch_id = await submissions.submit(conn, new)
     context.validator.kick()
     log.info("batch.submitted", batch=batch_id, file=file.file_id)
     async with context.db.connection() as conn:

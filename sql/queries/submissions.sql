@@ -71,6 +71,15 @@ update submissions
 set status = 'cancelled', decided_at = clock_timestamp()
 where workspace_id = %(workspace_id)s and batch_id = %(batch_id)s and status = 'validating';
 
+-- name: submission_tell
+-- Tell the webhooks of its environment that it was refused or cancelled, and never becomes a batch.
+select webhooks_append(
+    s.workspace_id, s.environment_id, %(batch_day)s::date, s.batch_id, ('batch-' || s.status)::event_kind, 0,
+    'batch.' || s.status, clock()
+)
+from submissions s
+where s.workspace_id = %(workspace_id)s and s.batch_id = %(batch_id)s and s.status in ('failed', 'cancelled');
+
 -- name: submitted_ids
 -- Batches of an environment, newest first, below a given id: those made or to be made, of allowed resources only.
 select b.batch_id
