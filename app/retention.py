@@ -3,7 +3,8 @@
 Texts (prompts and answers) go first: they are erased in small steps and both say null afterwards, while
 the facts about them stay. Facts (items, attempts, events) go with the partition of their day, when no
 workspace keeps them any longer; of a workspace that keeps them shorter they are deleted in small
-steps. A batch's own row and its counters stay, and so do the rollups (app.reports).
+steps. So do deliveries; a callback's endpoint, with its secret, goes when all of its batch has gone. A
+batch's own row and its counters stay, and so do the rollups (app.reports).
 
 Nothing here waits long for a lock: a partition is detached CONCURRENTLY, which lets claims go on, and what
 cannot be had now is tried again a minute later.
@@ -24,7 +25,7 @@ from app.settings import Settings
 
 log = Log("retention")
 
-#: Items whose texts or rows go in one transaction.
+#: Items whose texts or rows, or deliveries, go in one transaction.
 STEP: Final = 1000
 _BATCHES: Final = 100
 _ROLLUP_STEP: Final = 10_000
@@ -64,6 +65,8 @@ _texts_erase = Query("retention", "texts_erase", _Erased)
 _texts_erased = Query("retention", "texts_erased", NoRow)
 _facts_overdue = Query("retention", "facts_overdue", Going)
 _facts_forget = Query("retention", "facts_forget", _Forgotten)
+_deliveries_forget = Query("retention", "deliveries_forget", _Forgotten)
+_callbacks_forget = Query("retention", "callbacks_forget", NoRow)
 _partitions_old = Query("retention", "partitions_old", _Partition)
 _rollup_minutes_prune = Query("retention", "rollup_minutes_prune", NoRow)
 _rollup_latency_minutes_prune = Query("retention", "rollup_latency_minutes_prune", NoRow)
@@ -136,6 +139,8 @@ async def tidy(db: Database, settings: Settings) -> None:
             log.info("batch.texts_erased", batch=batch.batch_id)
     await _forget(db)
     await _drop_partitions(db, settings)
+    async with db.transaction() as conn:
+        await _callbacks_forget.run(conn, days=settings.retention_days, most=STEP)
     await _prune_rollups(db, settings)
 
 
@@ -143,17 +148,18 @@ async def _forget(db: Database) -> None:
     async with db.connection() as conn:
         overdue = await _facts_overdue.all(conn, most=_BATCHES)
     for batch in overdue:
-        forgotten = STEP
-        while forgotten == STEP:
-            async with db.transaction() as conn:
-                row = await _facts_forget.one(
-                    conn,
-                    workspace_id=batch.workspace_id,
-                    batch_day=batch.batch_day,
-                    batch_id=batch.batch_id,
-                    most=STEP,
-                )
-            forgotten = row.forgotten
+        for query in (_facts_forget, _deliveries_forget):
+            forgotten = STEP
+            while forgotten == STEP:
+                async with db.transaction() as conn:
+                    row = await query.one(
+                        conn,
+                        workspace_id=batch.workspace_id,
+                        batch_day=batch.batch_day,
+                        batch_id=batch.batch_id,
+                        most=STEP,
+                    )
+                forgotten = row.forgotten
 
 
 async def _drop_partitions(db: Database, settings: Settings) -> None:

@@ -14,7 +14,10 @@ from tests.scene import Scene
 from tests.test_prices import price, put
 from tests.test_reports import roll_up
 
-PARENTS = ("items", "item_requests", "item_results", "attempts", "events")
+PARENTS = (
+    *("items", "item_requests", "item_results", "attempts", "events"),
+    *("deliveries", "delivery_attempts"),
+)
 
 
 def going(batch: Batch) -> Going:
@@ -29,11 +32,43 @@ async def finished(scene: Scene, items: int = 2) -> Batch:
     return await scene.batch(batch.batch_id)
 
 
+#: What pending deliveries become when their receiver is away for good.
+ENDED = (
+    "update deliveries set status = 'dead', reason = 'it failed', ended_at = clock()"
+    " where status = 'pending'"
+)
+
+
+async def told(scene: Scene) -> Batch:
+    """A finished batch that told a callback of its items and its end, and a webhook of its end."""
+    await scene.do(
+        "insert into endpoints (workspace_id, endpoint_id, environment_id, url, event_types, secret_key_id,"
+        " secret, secret_hint) values (%s, %s, %s, 'https://example.com/', '{batch.completed}', 'k', '', '')"
+        " on conflict do nothing",
+        *(scene.workspace_id, scene.environment_id, scene.environment_id),
+    )
+    batch = await scene.submit(2)
+    await scene.do(
+        "insert into endpoints (workspace_id, endpoint_id, environment_id, batch_id, batch_day, url, event_types,"
+        " secret_key_id, secret, secret_hint) select workspace_id, batch_id, environment_id, batch_id, batch_day,"
+        " 'https://example.com/', '{item_update,batch_update}', 'k', '', '' from batches where batch_id = %s",
+        batch.batch_id,
+    )
+    await scene.do("update batches set callback_options = '{}' where batch_id = %s", batch.batch_id)
+    await scene.settle((await scene.claim()).items)
+    await scene.do(ENDED)
+    await scene.do(
+        "insert into delivery_attempts select workspace_id, batch_day, batch_id, event_no, endpoint_id, 1, clock(), 1"
+        " from deliveries on conflict do nothing"
+    )
+    return await scene.batch(batch.batch_id)
+
+
 async def aged(scene: Scene, batch: Batch, days: int) -> date:
     """The same batch, as if it had been made so many days ago; its day."""
     day = batch.batch_day - timedelta(days=days)
     await scene.do("select partitions_ensure(%s)", day)
-    for table in (*PARENTS, "flows", "batches", "rollup_due", "rollup_minutes"):
+    for table in (*PARENTS, "flows", "batches", "endpoints", "rollup_due", "rollup_minutes"):
         where = "" if table.startswith("rollup") else f" where batch_id = '{batch.batch_id}'"
         await scene.do(f"update {table} set batch_day = %s{where}", day)  # noqa: S608 - constants
     return day
@@ -174,7 +209,7 @@ async def test_rows_of_a_workspace_that_keeps_them_shorter_are_deleted(database:
         await ours.do(
             "update workspaces set keep_days = 2 where workspace_id = %s", brief.workspace_id
         )
-        kept, gone = await finished(ours), await finished(brief)
+        kept, gone = await told(ours), await told(brief)
         await roll_up(ours)
         await aged(ours, kept, 5)
         await aged(ours, gone, 5)
@@ -184,6 +219,47 @@ async def test_rows_of_a_workspace_that_keeps_them_shorter_are_deleted(database:
             counted = f"select count(*)::int from {table} where batch_id = %s"  # noqa: S608 - constants
             assert await ours.value(counted, gone.batch_id) == 0, table
             assert await ours.value(counted, kept.batch_id) > 0, table
+
+
+async def test_what_is_to_be_told_is_told_before_it_is_forgotten(database: str) -> None:
+    """Then the callback's endpoint goes, with its secret; the environment's webhook stays."""
+    async with Scene.open(database) as scene:
+        await scene.do("update workspaces set keep_days = 2")
+        batch, recent = await told(scene), await told(scene)
+        await roll_up(scene)
+        await aged(scene, batch, 5)
+        await scene.do(
+            "update deliveries set status = 'pending', reason = null, ended_at = null"
+            " where batch_id = %s and seq is null and endpoint_id = batch_id",
+            batch.batch_id,
+        )
+        tries = "select count(*)::int from delivery_attempts where batch_id = %s"
+        endpoints = "select array_agg(batch_id order by batch_id) from endpoints"
+        await retention.tidy(scene.db, keeping())
+        left = await scene.rows(
+            "select status::text, topic from deliveries where batch_id = %s", batch.batch_id
+        )
+        assert left == [("pending", "batch_update")]
+        assert await scene.value(tries, batch.batch_id) == 1
+        assert await scene.value(endpoints) == [batch.batch_id, recent.batch_id, None]
+        await scene.do(ENDED)
+        await retention.tidy(scene.db, keeping())
+        assert await scene.value(tries, batch.batch_id) == 0
+        assert await scene.value(tries, recent.batch_id) == 4
+        assert await scene.value(endpoints) == [recent.batch_id, None]
+
+
+async def test_a_callback_goes_with_its_day(database: str) -> None:
+    async with Scene.open(database) as scene:
+        batch = await told(scene)
+        await roll_up(scene)
+        await aged(scene, batch, 10)
+        callbacks = "select count(*)::int from endpoints where batch_id is not null"
+        await retention.tidy(scene.db, keeping())
+        await retention.tidy(scene.db, keeping(days=10))
+        assert await scene.value(callbacks) == 1
+        await retention.tidy(scene.db, keeping(days=9))
+        assert await scene.value(callbacks) == 0
 
 
 async def test_a_reader_of_an_old_day_delays_its_end_and_stops_no_claim(

@@ -109,6 +109,7 @@ ACROSS_TENANTS = {
     "the operator's command line, for readers of reports": {"reports.report_grant_delete"},
     "maintenance: budgets, retention, rollups": {
         "batches.batches_exhausted",
+        "retention.callbacks_forget",
         "retention.facts_overdue",
         "retention.partitions_old",
         "retention.rollup_hours_prune",

@@ -49,16 +49,28 @@ where workspace_id = %(workspace_id)s
     and completed_at is not null;
 
 -- name: facts_overdue
--- Finished batches whose workspace keeps their rows shorter than their partitions stay. Locks nothing.
+-- Finished batches whose workspace keeps their rows shorter than their partitions stay. Locks nothing. offset 0: rows
+-- are looked for batch by batch, never gathered from whole tables.
 select b.workspace_id, b.batch_day, b.batch_id
 from workspaces w
 join batches b on b.workspace_id = w.workspace_id
 where w.keep_days is not null
     and b.completed_at is not null
     and b.batch_day < (clock() at time zone 'UTC')::date - w.keep_days
-    and exists (
-        select from items i
-        where i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
+    and (
+        exists (
+            select from items i
+            where i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
+            offset 0
+        )
+        or exists (
+            select from deliveries d
+            where d.workspace_id = b.workspace_id
+                and d.batch_day = b.batch_day
+                and d.batch_id = b.batch_id
+                and d.status <> 'pending'
+            offset 0
+        )
     )
 order by b.batch_day, b.workspace_id, b.batch_id
 limit %(most)s;
@@ -66,6 +78,69 @@ limit %(most)s;
 -- name: facts_forget
 -- Delete the rows of a batch, some items at a time; how many items. Batch and counters stay.
 select facts_forget(%(workspace_id)s, %(batch_day)s, %(batch_id)s, %(most)s) as forgotten;
+
+-- name: deliveries_forget
+-- Delete deliveries of a batch that have ended, with their tries, some at a time; how many. What is pending is told
+-- first. Needs no mutex: nothing but a redelivery changes what has ended, and of the two the later finds nothing.
+with ended as materialized (
+    select d.event_no, d.endpoint_id
+    from deliveries d
+    where d.workspace_id = %(workspace_id)s
+        and d.batch_day = %(batch_day)s
+        and d.batch_id = %(batch_id)s
+        and d.status <> 'pending'
+    order by d.event_no, d.endpoint_id
+    limit %(most)s
+    for update skip locked
+),
+tries as (
+    delete from delivery_attempts a
+    using ended e
+    where a.workspace_id = %(workspace_id)s
+        and a.batch_day = %(batch_day)s
+        and a.batch_id = %(batch_id)s
+        and a.event_no = e.event_no
+        and a.endpoint_id = e.endpoint_id
+),
+gone as (
+    delete from deliveries d
+    using ended e
+    where d.workspace_id = %(workspace_id)s
+        and d.batch_day = %(batch_day)s
+        and d.batch_id = %(batch_id)s
+        and d.event_no = e.event_no
+        and d.endpoint_id = e.endpoint_id
+    returning 1
+)
+select count(*)::int as forgotten from gone;
+
+-- name: callbacks_forget
+-- Delete the endpoints of finished batches, with their secrets, when nothing that they could tell is kept any more:
+-- neither items, which could be tried again, nor deliveries. Skips those that a sender holds.
+with over as (
+    select e.workspace_id, e.endpoint_id
+    from endpoints e
+    join workspaces w on w.workspace_id = e.workspace_id
+    join batches b on b.workspace_id = e.workspace_id and b.batch_id = e.batch_id
+    where e.batch_day < (clock() at time zone 'UTC')::date - coalesce(w.keep_days, %(days)s::int)
+        and b.completed_at is not null
+        and not exists (
+            select from items i
+            where i.workspace_id = e.workspace_id and i.batch_day = e.batch_day and i.batch_id = e.batch_id
+            offset 0
+        )
+        and not exists (
+            select from deliveries d
+            where d.workspace_id = e.workspace_id and d.batch_day = e.batch_day and d.batch_id = e.batch_id
+            offset 0
+        )
+    order by e.workspace_id, e.endpoint_id
+    limit %(most)s
+    for update of e skip locked
+)
+delete from endpoints e
+using over o
+where e.workspace_id = o.workspace_id and e.endpoint_id = o.endpoint_id;
 
 -- name: partitions_old
 -- Partitions that every workspace has ceased to keep and no unfinished batch needs. is_pending: a detach of it was
