@@ -1,6 +1,8 @@
 """What roles and permissions allow: the rules themselves, without a server."""
 
+import re
 import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -82,6 +84,15 @@ def test_what_each_role_may() -> None:
         "workspace-member:delete",
         "api-key:permit",
     }
+
+
+def test_the_document_names_every_action_and_what_a_members_key_may_do() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "access.md").read_text("utf-8")
+    table = text.partition("### Actions")[2].partition("## People")[0]
+    named = re.findall(r"`([a-z-]+:[a-z]+)`( \(owners\))?", table)
+    assert {action for action, _ in named} == set(ACTIONS)
+    assert {action for action, note in named if note} == access.OWNERS_ONLY
+    assert all(f"`{pattern}`" in text for pattern in MEMBERS_KEY)
 
 
 def test_nobody_gives_a_key_more_than_they_have() -> None:
