@@ -188,7 +188,7 @@ async def currency_of(conn: Connection, *, workspace_id: UUID, resource_ids: Seq
                 Problem(
                     path="maxCost",
                     message=f"needs the price of {', '.join(unknown)}; import one with"
-                    " `sluice prices import FILE`, or bound the batch with maxTokens",
+                    " `sluice prices import FILE`, or bound the tokens instead",
                 )
             ]
         )

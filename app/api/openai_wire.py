@@ -25,6 +25,7 @@ from app.files import File
 from app.forecast import Plan
 from app.ids import batch_file_id
 from app.intake import Appraisal
+from app.prices import NANO
 from app.results import ResultFile, ResultLine
 from app.submissions import Submitted
 from app.validator import Reading
@@ -159,8 +160,18 @@ class BatchUsage(msgspec.Struct, kw_only=True, frozen=True):
     total_tokens: int
 
 
+class PauseReasonObject(msgspec.Struct, kw_only=True, frozen=True):
+    """Why a batch was paused other than by people."""
+
+    code: Literal["max_tokens_reached", "max_cost_reached"]
+    message: str
+
+
 class BatchObject(msgspec.Struct, kw_only=True, frozen=True):
-    """A batch. From ``name`` on the fields are Sluice's own."""
+    """A batch. From ``name`` on the fields are Sluice's own.
+
+    ``cost`` and ``max_cost`` are in ``currency``; ``cost`` is null where no price was known.
+    """
 
     id: str
     object: Literal["batch"] = "batch"
@@ -188,6 +199,11 @@ class BatchObject(msgspec.Struct, kw_only=True, frozen=True):
     priority: int
     weight: float
     is_paused: bool
+    pause_reason: PauseReasonObject | None
+    max_tokens: int | None
+    max_cost: float | None
+    cost: float | None
+    currency: str | None
 
 
 class BatchesPage(msgspec.Struct, kw_only=True, frozen=True):
@@ -344,7 +360,31 @@ def batch_object(batch: Submitted) -> BatchObject:
         priority=batch.priority,
         weight=round(batch.weight, 3),
         is_paused=batch.is_paused,
+        pause_reason=_pause_reason(batch),
+        max_tokens=batch.max_tokens,
+        max_cost=None if batch.max_cost_nano is None else batch.max_cost_nano / NANO,
+        cost=None if batch.currency is None else batch.cost_nano / NANO,
+        currency=batch.currency,
     )
+
+
+def _pause_reason(batch: Submitted) -> PauseReasonObject | None:
+    match batch.pause_reason:
+        case None:
+            return None
+        case "max-tokens":
+            return PauseReasonObject(
+                code="max_tokens_reached",
+                message=f"The next line does not fit max_tokens of {batch.max_tokens:,}; raise it with"
+                f" POST /v1/batches/{batch_name(batch.batch_id)}, or cancel the batch.",
+            )
+        case "max-cost":
+            return PauseReasonObject(
+                code="max_cost_reached",
+                message=f"The next line does not fit max_cost of {(batch.max_cost_nano or 0) / NANO:g}"
+                f" {batch.currency}, of which {batch.cost_nano / NANO:g} are spent; raise it with"
+                f" POST /v1/batches/{batch_name(batch.batch_id)}, or cancel the batch.",
+            )
 
 
 def _usage(batch: Submitted) -> BatchUsage:
