@@ -496,8 +496,8 @@ async def list_results(
     "/estimate",
     action="completion-batch:create",
     summary="Estimate a batch of a file",
-    description="What create would make of it, without making it: tokens, time at the present "
-    "limits, mistakes by line. No provider is called.",
+    description="What create would make of it, without making it: tokens, cost at the present prices, time at the "
+    "present limits, mistakes by line. No provider is called.",
     status_code=200,
     operation_class=operations.EstimateOperation,
     request_max_body_size=_MOST_BODY,

@@ -226,8 +226,19 @@ class ResultsPage(msgspec.Struct, kw_only=True, frozen=True):
     complete: bool
 
 
+class CostObject(msgspec.Struct, kw_only=True, frozen=True):
+    """Money."""
+
+    amount: float
+    currency: str
+
+
 class EstimateObject(msgspec.Struct, kw_only=True, frozen=True):
-    """What a batch would ask for. ``errors``: what would make it fail; then the sums lack those."""
+    """What a batch would ask for. ``errors``: what would make it fail; then the sums lack those.
+
+    ``cost`` is null where ``unpriced_models`` have no price, or where models are paid for in several
+    currencies.
+    """
 
     object: Literal["batch.estimate"] = "batch.estimate"
     requests: int
@@ -235,6 +246,8 @@ class EstimateObject(msgspec.Struct, kw_only=True, frozen=True):
     input_tokens: int
     output_tokens: int
     total_tokens: int
+    cost: CostObject | None
+    unpriced_models: list[str]
     requests_ahead: int
     done_at: int | None
     seconds_left: int | None
@@ -256,6 +269,7 @@ def results_page(
 
 def estimate_object(reading: Reading, appraisal: Appraisal, plan: Plan) -> EstimateObject:
     """A dry run on the wire."""
+    cost = plan.expected.cost
     errors = [
         *reading.errors,
         *(
@@ -274,6 +288,8 @@ def estimate_object(reading: Reading, appraisal: Appraisal, plan: Plan) -> Estim
         input_tokens=plan.input_tokens,
         output_tokens=plan.output_tokens,
         total_tokens=plan.input_tokens + plan.output_tokens,
+        cost=None if cost is None else CostObject(amount=cost.nano / NANO, currency=cost.currency),
+        unpriced_models=list(plan.expected.unpriced),
         requests_ahead=plan.items_ahead,
         done_at=_seconds(plan.eta.at) if plan.eta is not None else None,
         seconds_left=math.ceil(plan.eta.seconds_left) if plan.eta is not None else None,
