@@ -35,11 +35,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
-from app import capacity
+from app import capacity, prices
 from app.batches import Batch
 from app.capacity import Amount, Kind, NamedScope, Period, Usage
 from app.db import Connection, Query
 from app.intake import Appraisal
+from app.prices import Expected
 from app.queue import WaitReason
 
 Reason = Literal["capacity", "pace", "concurrency", "cooldown", "retry", "paused", "worker"]
@@ -237,7 +238,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A batch that nobody has made yet: what it would ask for, and how long that takes.
+    """A batch that nobody has made yet: what it would ask for and cost, and how long that takes.
 
     ``is_feasible``: whether it is done by ``expires_at``, as far as one knows; None: nobody can
     tell. ``why_not`` says why it is not.
@@ -245,6 +246,7 @@ class Plan:
 
     input_tokens: int
     output_tokens: int
+    expected: Expected
     eta: Eta | None
     items_ahead: int
     is_feasible: bool | None
@@ -394,11 +396,12 @@ async def of_new(
     metadata: Mapping[str, object],
     clockwork: Clockwork,
 ) -> Plan:
-    """How long a batch would take that was appraised and not made."""
+    """How long a batch would take that was appraised and not made, and what it would cost."""
     if not appraisal.loads:
         return Plan(
             input_tokens=0,
             output_tokens=0,
+            expected=Expected(cost=None),
             eta=None,
             items_ahead=0,
             is_feasible=None,
@@ -460,6 +463,14 @@ async def of_new(
     return Plan(
         input_tokens=round(sum(w.input_tokens for w in mine)),
         output_tokens=round(sum(w.output_tokens for w in mine)),
+        expected=await prices.expected(
+            conn,
+            workspace_id=workspace_id,
+            tokens={
+                each: (load.input_tokens, load.output_tokens)
+                for each, load in appraisal.loads.items()
+            },
+        ),
         eta=eta,
         items_ahead=round(ahead(mine, using, "requests")),
         is_feasible=is_feasible,

@@ -378,8 +378,11 @@ class Ingest:
             async with cursor.copy(_COPY_REQUESTS) as copy:
                 await copy.write(prepared.requests)
 
-    async def finish(self) -> UUID:
-        """Write batch, flows and the first event; the batch's id. Raises RequestError."""
+    async def finish(self, *, currency: str | None = None) -> UUID:
+        """Write batch, flows and the first event; the batch's id. Raises RequestError.
+
+        ``currency``: the batch's, where only its items told; None: as the batch says.
+        """
         if not self.count:
             self.problems.append(Problem(path="items", message="must have at least one item"))
         if self.problems:
@@ -410,7 +413,7 @@ class Ingest:
             source_ip=batch.source_ip,
             max_tokens=batch.max_tokens,
             max_cost_nano=batch.max_cost_nano,
-            currency=batch.currency,
+            currency=currency or batch.currency,
             total_items=self.count,
             estimated_input_tokens=self._estimated,
             idempotency_key=batch.idempotency_key,

@@ -68,10 +68,32 @@ class StoredPrice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Money: billionths of a currency."""
+
+    nano: int
+    currency: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What calls would cost now. ``cost`` is None unless all are paid for in one currency.
+
+    ``unpriced``: the models whose price is not known.
+    """
+
+    cost: Cost | None
+    unpriced: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Paid:
+    resource_id: UUID
     resource: str
     model: str
     currency: str | None
+    input_nano: Decimal | None
+    output_nano: Decimal | None
 
 
 _price_put = Query("prices", "price_put", NoRow)
@@ -188,7 +210,7 @@ async def currency_of(conn: Connection, *, workspace_id: UUID, resource_ids: Seq
                 Problem(
                     path="maxCost",
                     message=f"needs the price of {', '.join(unknown)}; import one with"
-                    " `sluice prices import FILE`, or bound the batch with maxTokens",
+                    " `sluice prices import FILE`, or bound the tokens instead",
                 )
             ]
         )
@@ -204,3 +226,25 @@ async def currency_of(conn: Connection, *, workspace_id: UUID, resource_ids: Seq
             ]
         )
     return currencies[0]
+
+
+async def expected(
+    conn: Connection, *, workspace_id: UUID, tokens: Mapping[UUID, tuple[int, float]]
+) -> Expected:
+    """What tokens would cost now: input and output tokens by resource, none of them cached."""
+    found = await _prices_of_resources.all(
+        conn, workspace_id=workspace_id, resource_ids=list(tokens)
+    )
+    nano = Decimal(0)
+    currencies: set[str] = set()
+    unpriced: set[str] = set()
+    for each in found:
+        if each.currency is None or each.input_nano is None or each.output_nano is None:
+            unpriced.add(each.model)
+            continue
+        input_tokens, output_tokens = tokens[each.resource_id]
+        nano += input_tokens * each.input_nano + Decimal(output_tokens) * each.output_nano
+        currencies.add(each.currency)
+    if unpriced or len(currencies) != 1:
+        return Expected(cost=None, unpriced=sorted(unpriced))
+    return Expected(cost=Cost(nano=round(nano), currency=currencies.pop()))

@@ -24,6 +24,7 @@ from psycopg.types.json import Jsonb
 
 from app import intake, queue
 from app.batch_lines import LineError
+from app.batches import PauseReason
 from app.db import Connection, NoRow, Query
 from app.errors import ConflictError
 from app.ids import created_on, uuid7
@@ -55,6 +56,8 @@ class NewSubmission:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     priority: int = 0
     weight: float = 1
+    max_tokens: int | None = None
+    max_cost_nano: int | None = None
     output_expires_s: int | None = None
     source_ip: str | None = None
     idempotency_key: str | None = None
@@ -75,6 +78,8 @@ class Leased:
     metadata: dict[str, Any]
     priority: int
     weight: float
+    max_tokens: int | None
+    max_cost_nano: int | None
     source_ip: str | None
     created_by_api_key_id: UUID
     created_at: datetime
@@ -123,6 +128,11 @@ class Submitted:
     cached_tokens: int
     reasoning_tokens: int
     is_paused: bool
+    max_tokens: int | None
+    max_cost_nano: int | None
+    cost_nano: int
+    currency: str | None
+    pause_reason: PauseReason | None
     resource_ids: list[UUID]
     now: datetime
 
@@ -220,6 +230,8 @@ async def submit(conn: Connection, new: NewSubmission) -> UUID:
         metadata=Jsonb(dict(new.metadata)),
         priority=new.priority,
         weight=new.weight,
+        max_tokens=new.max_tokens,
+        max_cost_nano=new.max_cost_nano,
         output_expires_s=new.output_expires_s,
         source_ip=new.source_ip,
         idempotency_key=new.idempotency_key,

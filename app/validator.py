@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from app import api_keys, capacity, files, intake, models, quotas, submissions
+from app import api_keys, capacity, files, intake, models, prices, quotas, submissions
 from app.batch_lines import BatchLines, Line, LineError
 from app.crossroads import Crossroads, crossroads
 from app.db import CONNECTION_ERRORS, Connection, Database
@@ -328,6 +328,8 @@ class Validator:
             metadata=held.metadata,
             priority=held.priority,
             weight=held.weight,
+            max_tokens=held.max_tokens,
+            max_cost_nano=held.max_cost_nano,
             expires_at=held.expires_at,
             source_ip=held.source_ip,
             max_attempts=self._settings.max_attempts,
@@ -337,8 +339,9 @@ class Validator:
             await intake.prepare_day(conn, batch)
         async with self._db.transaction() as conn:
             ingest = await self._fill(conn, held, batch, reading)
+            currency = await _currency(conn, held, reading)
             try:
-                await ingest.finish()
+                await ingest.finish(currency=currency)
             except (QuotaError, TooLargeError) as error:
                 reading.note(LineError(code="quota_exceeded", message=str(error)))
                 raise _InvalidError from None
@@ -414,6 +417,22 @@ class Validator:
             reading.errors.sort(key=lambda e: e.line or 0)
             raise _InvalidError
         return ingest
+
+
+async def _currency(conn: Connection, held: Leased, reading: Reading) -> str | None:
+    """The currency of what it may cost, if that is bounded; raises _InvalidError if there is none."""
+    if held.max_cost_nano is None:
+        return None
+    try:
+        return await prices.currency_of(
+            conn,
+            workspace_id=held.workspace_id,
+            resource_ids=sorted({r.resource_id for r in reading.models.values()}),
+        )
+    except ValidationError as error:
+        message = f"max_cost {error.problems[0].message}."
+        reading.note(LineError(code="price_not_known", message=message, param="max_cost"))
+        raise _InvalidError from None
 
 
 async def _add(ingest: Ingest, items: Sequence[NewItem], reading: Reading) -> None:

@@ -1215,6 +1215,8 @@ create table submissions (
     metadata jsonb not null default '{}',
     priority smallint not null default 0,
     weight real not null default 1,
+    max_tokens bigint,
+    max_cost_nano bigint,
     output_expires_s int,
     model text,
     errors jsonb not null default '[]',
@@ -1251,6 +1253,9 @@ comment on column submissions.name is 'For people.';
 comment on column submissions.metadata is 'The creator''s own facts.';
 comment on column submissions.priority is 'The priority that the batch begins with.';
 comment on column submissions.weight is 'The weight that the batch begins with.';
+comment on column submissions.max_tokens is 'What batches.max_tokens becomes; null: any number.';
+comment on column submissions.max_cost_nano is
+    'What batches.max_cost_nano becomes; null: any amount. Its currency is known once its models are.';
 comment on column submissions.output_expires_s is
     'Its output and error files are shown for so many seconds from their first line on; null: as long as the batch.';
 comment on column submissions.model is 'The model that every line names; null: several, or not known yet.';

@@ -487,9 +487,20 @@ async def change(
     async with context.db.connection() as conn:
         await batch_for(conn, caller, batch_id)
     wanted = wire.changes(wire_batches.BatchPatch, wire.object_of(await request.body()))
+    await change_batch(context, caller, batch_id, wanted)
+    return await _shown(context, caller, batch_id)
+
+
+async def change_batch(
+    context: Context, key: Principal, batch_id: UUID, wanted: wire_batches.BatchPatch
+) -> None:
+    """Change a batch that the caller may see, and ring for what that gives workers to do.
+
+    Raises ValidationError, and ConflictError when it has ended.
+    """
     given = wanted.model_fields_set
     async with context.db.transaction() as conn:
-        held = await batches.hold(conn, workspace_id=caller.workspace_id, batch_id=batch_id)
+        held = await batches.hold(conn, workspace_id=key.workspace_id, batch_id=batch_id)
         to = held
         if wanted.sets_deadline:
             now = await batches.clock(conn)
@@ -506,11 +517,9 @@ async def change(
         if "max_tokens" in given:
             to = replace(to, max_tokens=wanted.max_tokens)
         if "max_cost" in given:
-            to = await _with_max_cost(conn, key=caller, batch_id=batch_id, to=to, wanted=wanted)
-        resources = await _steer(
-            conn, key=caller, batch_id=batch_id, held=held, to=to, wanted=wanted
-        )
-    return await _changed(context, caller, batch_id, resources)
+            to = await _with_max_cost(conn, key=key, batch_id=batch_id, to=to, wanted=wanted)
+        found = await _steer(conn, key=key, batch_id=batch_id, held=held, to=to, wanted=wanted)
+    _changed(context, batch_id, found)
 
 
 async def _with_max_cost(
@@ -562,12 +571,14 @@ async def _steer(
     return resources
 
 
-async def _changed(
-    context: Context, key: Principal, batch_id: UUID, resources: Sequence[UUID]
-) -> Response[bytes]:
-    """Ring for what a committed change gives workers to do; the batch as it is now."""
+def _changed(context: Context, batch_id: UUID, resources: Sequence[UUID]) -> None:
+    """Ring for what a committed change gives workers to do."""
     log.info("batch.changed", batch=batch_id)
     context.ringer.ring(WORK, resources)
+
+
+async def _shown(context: Context, key: Principal, batch_id: UUID) -> Response[bytes]:
+    """The batch as it is now."""
     async with context.db.connection() as conn:
         batch = await batch_for(conn, key, batch_id)
         outlook = await forecast.of_batch(conn, batch=batch, clockwork=context.clockwork)
@@ -618,7 +629,8 @@ async def _hold_or_go(
             await batches.pause(conn, workspace_id=key.workspace_id, batch_id=batch_id)
         else:
             resources = await batches.resume(conn, workspace_id=key.workspace_id, batch_id=batch_id)
-    return await _changed(context, key, batch_id, resources)
+    _changed(context, batch_id, resources)
+    return await _shown(context, key, batch_id)
 
 
 @post(

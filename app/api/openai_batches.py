@@ -16,12 +16,14 @@ from litestar import Response, Router, get, post
 from litestar.di import Provide
 from litestar.params import PathParameter, QueryParameter
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.alias_generators import to_snake
 
 from app import (
     batches,
     capacity,
     forecast,
     inputs,
+    prices,
     queue,
     quotas,
     results,
@@ -32,7 +34,7 @@ from app.access import Principal
 from app.api import openai_operations as operations
 from app.api import openai_wire
 from app.api.auth import Caller, authenticate, batch_for, caller, require_resources
-from app.api.batches import mark_cancelled
+from app.api.batches import change_batch, mark_cancelled
 from app.api.context import Context, Given
 from app.api.described import Answer
 from app.api.errors import AnyRequest
@@ -40,7 +42,7 @@ from app.api.openai_files import allowed, stored_file
 from app.api.openai_wire import BatchesPage, BatchObject, ErrorAnswer, EstimateObject, ResultsPage
 from app.api.query import number
 from app.api.wire import Json, Name, Text, Whole
-from app.api.wire_batches import Priority, Weight, duration
+from app.api.wire_batches import BatchPatch, MaxCost, MaxTokens, Priority, Weight, duration
 from app.db import Connection
 from app.doorbell import EVENTS, WORK
 from app.errors import ConflictError, NotFoundError, Problem, ValidationError
@@ -135,6 +137,18 @@ class NewBatchSent(Asked):
     metadata: Metadata = Field(default_factory=dict)
     output_expires_after: OutputExpiry | None = None
     name: Name | None = None
+    max_tokens: MaxTokens | None = None
+    max_cost: MaxCost | None = None
+
+
+class ChangeSent(openai_wire.Sent):
+    """What steers a batch. What is absent stays; null removes a bound or the deadline."""
+
+    priority: Priority = 0
+    weight: Weight = 1
+    completion_window: Length | None = None
+    max_tokens: MaxTokens | None = None
+    max_cost: MaxCost | None = None
 
 
 class RetrySent(openai_wire.Sent):
@@ -151,7 +165,7 @@ class RetrySent(openai_wire.Sent):
     action="completion-batch:create",
     summary="Make a batch of a file",
     description="It is validated in the background: nothing of it runs before every line is valid. "
-    "Completion windows from 1m to 90d; priority, weight and name are Sluice's own. "
+    "Completion windows from 1m to 90d; priority, weight, name, max_tokens and max_cost are Sluice's own. "
     "Idempotency-Key makes a repeat harmless.",
     status_code=200,
     operation_class=operations.CreateOperation,
@@ -182,6 +196,8 @@ async def create(request: AnyRequest, context: Given, caller: Caller) -> Respons
         metadata=wanted.metadata,
         priority=wanted.priority,
         weight=wanted.weight,
+        max_tokens=wanted.max_tokens,
+        max_cost_nano=None if wanted.max_cost is None else round(wanted.max_cost * prices.NANO),
         output_expires_s=wanted.output_expires_after.seconds
         if wanted.output_expires_after is not None
         else None,
@@ -285,6 +301,44 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 
 
 # Sluice's own -------------------------------------------------------------------------------------
+
+
+@post(
+    "/{batch_id:str}",
+    action="completion-batch:update",
+    summary="Steer a batch",
+    description="What is absent stays as it is; null removes a bound or the deadline. Effective at "
+    "the next claim. A batch that max_tokens or max_cost paused goes on when either is raised.",
+    status_code=200,
+    operation_class=operations.ChangeOperation,
+    request_max_body_size=_MOST_BODY,
+    responses={200: Batch200, 400: Refused, 404: Missing, 409: Ended},
+)
+async def change(
+    request: AnyRequest, context: Given, caller: Caller, batch_id: BatchId
+) -> Response[bytes]:
+    body = await request.body()
+    wanted = openai_wire.sent(ChangeSent, body)
+    if not wanted.model_fields_set:
+        names = ", ".join(ChangeSent.model_fields)
+        raise ValidationError(
+            [Problem(path="body", message=f"changes nothing; send some of {names}")]
+        )
+    async with context.db.connection() as conn:
+        batch = await _begun(conn, caller, batch_id)
+    given = cast("Json", msgspec.json.decode(body))
+    same = BatchPatch.model_validate(
+        {name: given[name] for name in wanted.model_fields_set}, by_name=True
+    )
+    try:
+        await change_batch(context, caller, batch.batch_id, same)
+    except ValidationError as error:
+        raise ValidationError(
+            [replace(each, path=to_snake(each.path)) for each in error.problems]
+        ) from None
+    async with context.db.connection() as conn:
+        batch = await _batch(conn, caller, batch_id)
+    return openai_wire.answer(openai_wire.batch_object(batch))
 
 
 @post(
@@ -440,8 +494,8 @@ async def list_results(
     "/estimate",
     action="completion-batch:create",
     summary="Estimate a batch of a file",
-    description="What create would make of it, without making it: tokens, time at the present "
-    "limits, mistakes by line. No provider is called.",
+    description="What create would make of it, without making it: tokens, cost at the present prices, time at the "
+    "present limits, mistakes by line. No provider is called.",
     status_code=200,
     operation_class=operations.EstimateOperation,
     request_max_body_size=_MOST_BODY,
@@ -598,6 +652,7 @@ router = Router(
         estimate,
         list_batches,
         retrieve,
+        change,
         cancel,
         pause,
         resume,

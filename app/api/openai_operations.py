@@ -21,6 +21,21 @@ def _asked() -> dict[str, Schema]:
     }
 
 
+def _bounds() -> dict[str, Schema]:
+    return {
+        "max_tokens": Schema(
+            type=OpenAPIType.INTEGER,
+            minimum=1,
+            description="the batch pauses when so many are used",
+        ),
+        "max_cost": Schema(
+            type=OpenAPIType.NUMBER,
+            exclusive_minimum=0,
+            description="the batch pauses when so much is spent, in the currency of the prices",
+        ),
+    }
+
+
 @dataclass
 class CreateOperation(Operation):
     """A new batch."""
@@ -38,6 +53,7 @@ class CreateOperation(Operation):
                 output_expires_after=expiry,
                 name=described.text,
                 **_asked(),
+                **_bounds(),
             ),
             day=Example(
                 summary="Within a day",
@@ -47,6 +63,19 @@ class CreateOperation(Operation):
                     "completion_window": "24h",
                 },
             ),
+        )
+
+
+@dataclass
+class ChangeOperation(Operation):
+    """What steers a batch."""
+
+    def __post_init__(self) -> None:
+        asked = _asked()
+        steering = {name: asked[name] for name in ("completion_window", "priority", "weight")}
+        self.request_body = described.body(
+            described.fields([], **steering, **_bounds()),
+            raised=Example(summary="Let it spend more", value={"max_cost": 25}),
         )
 
 

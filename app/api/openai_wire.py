@@ -25,6 +25,7 @@ from app.files import File
 from app.forecast import Plan
 from app.ids import batch_file_id
 from app.intake import Appraisal
+from app.prices import NANO
 from app.results import ResultFile, ResultLine
 from app.submissions import Submitted
 from app.validator import Reading
@@ -159,8 +160,18 @@ class BatchUsage(msgspec.Struct, kw_only=True, frozen=True):
     total_tokens: int
 
 
+class PauseReasonObject(msgspec.Struct, kw_only=True, frozen=True):
+    """Why a batch was paused other than by people."""
+
+    code: Literal["max_tokens_reached", "max_cost_reached"]
+    message: str
+
+
 class BatchObject(msgspec.Struct, kw_only=True, frozen=True):
-    """A batch. From ``name`` on the fields are Sluice's own."""
+    """A batch. From ``name`` on the fields are Sluice's own.
+
+    ``cost`` and ``max_cost`` are in ``currency``; ``cost`` is null where no price was known.
+    """
 
     id: str
     object: Literal["batch"] = "batch"
@@ -188,6 +199,11 @@ class BatchObject(msgspec.Struct, kw_only=True, frozen=True):
     priority: int
     weight: float
     is_paused: bool
+    pause_reason: PauseReasonObject | None
+    max_tokens: int | None
+    max_cost: float | None
+    cost: float | None
+    currency: str | None
 
 
 class BatchesPage(msgspec.Struct, kw_only=True, frozen=True):
@@ -210,8 +226,19 @@ class ResultsPage(msgspec.Struct, kw_only=True, frozen=True):
     complete: bool
 
 
+class CostObject(msgspec.Struct, kw_only=True, frozen=True):
+    """Money."""
+
+    amount: float
+    currency: str
+
+
 class EstimateObject(msgspec.Struct, kw_only=True, frozen=True):
-    """What a batch would ask for. ``errors``: what would make it fail; then the sums lack those."""
+    """What a batch would ask for. ``errors``: what would make it fail; then the sums lack those.
+
+    ``cost`` is null where ``unpriced_models`` have no price, or where models are paid for in several
+    currencies.
+    """
 
     object: Literal["batch.estimate"] = "batch.estimate"
     requests: int
@@ -219,6 +246,8 @@ class EstimateObject(msgspec.Struct, kw_only=True, frozen=True):
     input_tokens: int
     output_tokens: int
     total_tokens: int
+    cost: CostObject | None
+    unpriced_models: list[str]
     requests_ahead: int
     done_at: int | None
     seconds_left: int | None
@@ -240,6 +269,7 @@ def results_page(
 
 def estimate_object(reading: Reading, appraisal: Appraisal, plan: Plan) -> EstimateObject:
     """A dry run on the wire."""
+    cost = plan.expected.cost
     errors = [
         *reading.errors,
         *(
@@ -258,6 +288,8 @@ def estimate_object(reading: Reading, appraisal: Appraisal, plan: Plan) -> Estim
         input_tokens=plan.input_tokens,
         output_tokens=plan.output_tokens,
         total_tokens=plan.input_tokens + plan.output_tokens,
+        cost=None if cost is None else CostObject(amount=cost.nano / NANO, currency=cost.currency),
+        unpriced_models=list(plan.expected.unpriced),
         requests_ahead=plan.items_ahead,
         done_at=_seconds(plan.eta.at) if plan.eta is not None else None,
         seconds_left=math.ceil(plan.eta.seconds_left) if plan.eta is not None else None,
@@ -344,7 +376,31 @@ def batch_object(batch: Submitted) -> BatchObject:
         priority=batch.priority,
         weight=round(batch.weight, 3),
         is_paused=batch.is_paused,
+        pause_reason=_pause_reason(batch),
+        max_tokens=batch.max_tokens,
+        max_cost=None if batch.max_cost_nano is None else batch.max_cost_nano / NANO,
+        cost=None if batch.currency is None else batch.cost_nano / NANO,
+        currency=batch.currency,
     )
+
+
+def _pause_reason(batch: Submitted) -> PauseReasonObject | None:
+    match batch.pause_reason:
+        case None:
+            return None
+        case "max-tokens":
+            return PauseReasonObject(
+                code="max_tokens_reached",
+                message=f"The next line does not fit max_tokens of {batch.max_tokens:,}; raise it with"
+                f" POST /v1/batches/{batch_name(batch.batch_id)}, or cancel the batch.",
+            )
+        case "max-cost":
+            return PauseReasonObject(
+                code="max_cost_reached",
+                message=f"The next line does not fit max_cost of {(batch.max_cost_nano or 0) / NANO:g}"
+                f" {batch.currency}, of which {batch.cost_nano / NANO:g} are spent; raise it with"
+                f" POST /v1/batches/{batch_name(batch.batch_id)}, or cancel the batch.",
+            )
 
 
 def _usage(batch: Submitted) -> BatchUsage:

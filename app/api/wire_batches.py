@@ -493,10 +493,18 @@ class ImpossibleItem(Answer, kw_only=True, frozen=True):
     reason: str
 
 
+class CostBody(Answer, kw_only=True, frozen=True):
+    """Money."""
+
+    amount: float
+    currency: str
+
+
 class EstimateBody(Answer, kw_only=True, frozen=True):
     """What a batch would ask for, and how long it would take. Nothing of it is stored.
 
-    ``impossibleItems`` names the first hundred of ``impossibleCount``; the sums are of the others.
+    ``impossibleItems`` names the first hundred of ``impossibleCount``; the sums are of the others. ``cost``
+    is null where ``unpricedModels`` have no price, or where models are paid for in several currencies.
     """
 
     items: int
@@ -505,6 +513,8 @@ class EstimateBody(Answer, kw_only=True, frozen=True):
     estimated_prompt_tokens: int
     expected_output_tokens: int
     total_tokens: int
+    cost: CostBody | None
+    unpriced_models: list[str]
     items_ahead: int
     eta: EtaBody | None
     expires_at: str | None
@@ -516,6 +526,7 @@ class EstimateBody(Answer, kw_only=True, frozen=True):
 def estimate_body(appraisal: Appraisal, plan: Plan, *, expires_at: datetime | None) -> EstimateBody:
     """A dry run on the wire."""
     is_feasible, why_not = plan.is_feasible, plan.why_not
+    cost = plan.expected.cost
     if appraisal.impossible_items:
         is_feasible = False
         why_not = f"{appraisal.impossible_items:,} of its items could never be sent" + (
@@ -530,6 +541,8 @@ def estimate_body(appraisal: Appraisal, plan: Plan, *, expires_at: datetime | No
         estimated_prompt_tokens=plan.input_tokens,
         expected_output_tokens=plan.output_tokens,
         total_tokens=plan.input_tokens + plan.output_tokens,
+        cost=None if cost is None else CostBody(amount=cost.nano / NANO, currency=cost.currency),
+        unpriced_models=list(plan.expected.unpriced),
         items_ahead=plan.items_ahead,
         eta=eta_body(plan.eta),
         expires_at=instant_or_none(expires_at),

@@ -21,8 +21,8 @@ where %(workspace_id)s::uuid is null or workspace_id is null or workspace_id = %
 order by workspace_id nulls first, model, valid_from;
 
 -- name: prices_of_resources
--- The currency in which each of some resources is paid for now; null: no price is known.
-select r.name as resource, r.model, p.currency
+-- The currency in which each of some resources is paid for now, and billionths per token; null: no price is known.
+select r.resource_id, r.name as resource, r.model, p.currency, p.input_nano, p.output_nano
 from resources r
 left join lateral price_at(r.workspace_id, r.model, r.model, clock_timestamp()) p on true
 where r.workspace_id = %(workspace_id)s and r.resource_id = any (%(resource_ids)s::uuid[])

@@ -4,12 +4,13 @@
 -- A batch that is to be made from a file: somebody validates it now.
 insert into submissions (
     workspace_id, batch_id, environment_id, input_file_id, endpoint, completion_window, name, metadata, priority,
-    weight, output_expires_s, source_ip, idempotency_key, request_hash, created_by_api_key_id, expires_at
+    weight, max_tokens, max_cost_nano, output_expires_s, source_ip, idempotency_key, request_hash,
+    created_by_api_key_id, expires_at
 )
 values (
     %(workspace_id)s, %(batch_id)s, %(environment_id)s, %(input_file_id)s, %(endpoint)s, %(completion_window)s,
-    %(name)s, %(metadata)s, %(priority)s, %(weight)s, %(output_expires_s)s, %(source_ip)s, %(idempotency_key)s,
-    %(request_hash)s, %(created_by_api_key_id)s, now() + %(window)s
+    %(name)s, %(metadata)s, %(priority)s, %(weight)s, %(max_tokens)s, %(max_cost_nano)s, %(output_expires_s)s,
+    %(source_ip)s, %(idempotency_key)s, %(request_hash)s, %(created_by_api_key_id)s, now() + %(window)s
 );
 
 -- name: submission_by_idempotency_key
@@ -35,7 +36,8 @@ from (
 ) due
 where s.workspace_id = due.workspace_id and s.batch_id = due.batch_id
 returning s.workspace_id, s.batch_id, s.environment_id, s.input_file_id, s.endpoint, s.name, s.metadata, s.priority,
-    s.weight, s.source_ip, s.created_by_api_key_id, s.created_at, s.expires_at, s.tries::int as tries;
+    s.weight, s.max_tokens, s.max_cost_nano, s.source_ip, s.created_by_api_key_id, s.created_at, s.expires_at,
+    s.tries::int as tries;
 
 -- name: submission_renew
 -- Keep a lease; 0 when it was lost, or the submission was cancelled.
@@ -125,7 +127,10 @@ select g.batch_id, coalesce(s.status::text, 'accepted') as submission, b.status:
     s.decided_at, s.created_by_api_key_id, b.created_at as begun_at, b.expired_at, b.cancelled_at, b.completed_at,
     coalesce(b.redrives, 0) as redrives, coalesce(b.total_items, 0) as total_items, f.pending, f.running,
     f.completed, f.failed, f.cancelled, f.unmarked, f.input_tokens, f.output_tokens, f.cached_tokens,
-    f.reasoning_tokens, f.is_paused, f.resource_ids, clock() as now
+    f.reasoning_tokens, f.is_paused,
+    case when b.batch_id is null then s.max_tokens else b.max_tokens end as max_tokens,
+    case when b.batch_id is null then s.max_cost_nano else b.max_cost_nano end as max_cost_nano,
+    f.cost_nano, coalesce(b.currency, f.currency) as currency, b.pause_reason, f.resource_ids, clock() as now
 from unnest(%(batch_ids)s::uuid[]) as g (batch_id)
 left join submissions s on s.workspace_id = %(workspace_id)s
     and s.environment_id = %(environment_id)s
@@ -142,6 +147,8 @@ cross join lateral (
         coalesce(sum(f.cached_tokens), 0)::bigint as cached_tokens,
         coalesce(sum(f.reasoning_tokens), 0)::bigint as reasoning_tokens,
         coalesce(bool_and(f.is_paused), false) as is_paused,
+        coalesce(sum(f.cost_nano), 0)::bigint as cost_nano,
+        case when count(distinct f.currency) = 1 then max(f.currency) end as currency,
         coalesce(array_agg(f.resource_id), '{}') as resource_ids
     from flows f
     where f.workspace_id = b.workspace_id and f.batch_id = b.batch_id
