@@ -49,30 +49,32 @@ where workspace_id = %(workspace_id)s
     and completed_at is not null;
 
 -- name: facts_overdue
--- Finished batches whose workspace keeps their rows shorter than their partitions stay. Locks nothing. offset 0: rows
--- are looked for batch by batch, never gathered from whole tables.
-select b.workspace_id, b.batch_day, b.batch_id
-from workspaces w
-join batches b on b.workspace_id = w.workspace_id
-where w.keep_days is not null
-    and b.completed_at is not null
-    and b.batch_day < (clock() at time zone 'UTC')::date - w.keep_days
-    and (
-        exists (
-            select from items i
-            where i.workspace_id = b.workspace_id and i.batch_day = b.batch_day and i.batch_id = b.batch_id
-            offset 0
-        )
-        or exists (
-            select from deliveries d
-            where d.workspace_id = b.workspace_id
-                and d.batch_day = b.batch_day
-                and d.batch_id = b.batch_id
-                and d.status <> 'pending'
-            offset 0
-        )
+-- Finished batches whose workspace keeps their rows shorter than their partitions stay. Locks nothing. Old ones are
+-- found first, and then looked at one by one (offset 0): no table of rows is read as a whole.
+with old as materialized (
+    select b.workspace_id, b.batch_day, b.batch_id
+    from workspaces w
+    join batches b on b.workspace_id = w.workspace_id
+    where w.keep_days is not null
+        and b.completed_at is not null
+        and b.batch_day < (clock() at time zone 'UTC')::date - w.keep_days
+)
+select o.workspace_id, o.batch_day, o.batch_id
+from old o
+where exists (
+        select from items i
+        where i.workspace_id = o.workspace_id and i.batch_day = o.batch_day and i.batch_id = o.batch_id
+        offset 0
     )
-order by b.batch_day, b.workspace_id, b.batch_id
+    or exists (
+        select from deliveries d
+        where d.workspace_id = o.workspace_id
+            and d.batch_day = o.batch_day
+            and d.batch_id = o.batch_id
+            and d.status <> 'pending'
+        offset 0
+    )
+order by o.batch_day, o.workspace_id, o.batch_id
 limit %(most)s;
 
 -- name: facts_forget
@@ -116,22 +118,27 @@ select count(*)::int as forgotten from gone;
 
 -- name: callbacks_forget
 -- Delete the endpoints of finished batches, with their secrets, when nothing that they could tell is kept any more:
--- neither items, which could be tried again, nor deliveries. Skips those that a sender holds.
-with over as (
-    select e.workspace_id, e.endpoint_id
+-- neither items, which could be tried again, nor deliveries. Skips those that a sender holds. Finds as facts_overdue.
+with old as materialized (
+    select e.workspace_id, e.endpoint_id, e.batch_day, e.batch_id
     from endpoints e
     join workspaces w on w.workspace_id = e.workspace_id
     join batches b on b.workspace_id = e.workspace_id and b.batch_id = e.batch_id
     where e.batch_day < (clock() at time zone 'UTC')::date - coalesce(w.keep_days, %(days)s::int)
         and b.completed_at is not null
-        and not exists (
+),
+over as (
+    select e.workspace_id, e.endpoint_id
+    from old o
+    join endpoints e on e.workspace_id = o.workspace_id and e.endpoint_id = o.endpoint_id
+    where not exists (
             select from items i
-            where i.workspace_id = e.workspace_id and i.batch_day = e.batch_day and i.batch_id = e.batch_id
+            where i.workspace_id = o.workspace_id and i.batch_day = o.batch_day and i.batch_id = o.batch_id
             offset 0
         )
         and not exists (
             select from deliveries d
-            where d.workspace_id = e.workspace_id and d.batch_day = e.batch_day and d.batch_id = e.batch_id
+            where d.workspace_id = o.workspace_id and d.batch_day = o.batch_day and d.batch_id = o.batch_id
             offset 0
         )
     order by e.workspace_id, e.endpoint_id
