@@ -317,6 +317,8 @@ async def cancel(context: Given, caller: Caller, batch_id: BatchId) -> Response[
 async def change(
     request: AnyRequest, context: Given, caller: Caller, batch_id: BatchId
 ) -> Response[bytes]:
+    async with context.db.connection() as conn:
+        batch = await _begun(conn, caller, batch_id)
     body = await request.body()
     wanted = openai_wire.sent(ChangeSent, body)
     if not wanted.model_fields_set:
@@ -324,8 +326,6 @@ async def change(
         raise ValidationError(
             [Problem(path="body", message=f"changes nothing; send some of {names}")]
         )
-    async with context.db.connection() as conn:
-        batch = await _begun(conn, caller, batch_id)
     given = cast("Json", msgspec.json.decode(body))
     same = BatchPatch.model_validate(
         {name: given[name] for name in wanted.model_fields_set}, by_name=True

@@ -1,7 +1,7 @@
 """What a batch of OpenAI's routes may spend, and what an estimate says that it will."""
 
 from decimal import Decimal
-from typing import cast
+from typing import Any
 
 import openai
 import pytest
@@ -137,8 +137,7 @@ async def test_an_estimate_says_what_a_batch_would_cost(
     asked: Json = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 100}
     file = await upload(client, [line(n, **asked) for n in range(10)])
     body = {"input_file_id": file, "endpoint": CHAT}
-    estimate = await client.post("/batches/estimate", body=body, cast_to=object)
-    estimate = cast("Json", estimate)
+    estimate = await client.post("/batches/estimate", body=body, cast_to=dict[str, Any])
     assert estimate["output_tokens"] == 1000
     amount = estimate["input_tokens"] * 1e-6 + 1000 * 2e-6
     assert estimate["cost"] == {"amount": pytest.approx(amount), "currency": "EUR"}
@@ -156,8 +155,7 @@ async def test_an_estimate_names_the_models_that_have_no_price(
 ) -> None:
     file = await upload(client, [line(1)])
     body = {"input_file_id": file, "endpoint": CHAT}
-    estimate = await client.post("/batches/estimate", body=body, cast_to=object)
-    estimate = cast("Json", estimate)
+    estimate = await client.post("/batches/estimate", body=body, cast_to=dict[str, Any])
     assert (estimate["cost"], estimate["unpriced_models"]) == (None, ["gpt-test"])
     other = await service.http.post(
         f"{service.batches}/estimate", json={"type": "ASYNC", "items": [service.item()]}
