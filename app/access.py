@@ -118,6 +118,7 @@ MEMBERS_KEY: Final = (
     "file:*",
     "ai-connection:*",
     "ai-resource:*",
+    "ai-provider:list",
     "request-usage:*",
     "request-audit:*",
     "webhook-endpoint:*",

@@ -78,23 +78,6 @@ class NamedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyUse:
-    """How many secrets a key has sealed."""
-
-    secret_key_id: str
-    secrets: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
-    workspace_id: UUID
-    connection_id: UUID
-    name: str
-    secret_key_id: str
-    secret: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Locked:
     connection_id: UUID
 
@@ -115,9 +98,6 @@ _connection_delete = Query("connections", "connection_delete", NoRow)
 _connection_models = Query("connections", "connection_models", NamedModel)
 _model_scope = Query("connections", "model_scope", _ModelScope)
 _resource_route = Query("connections", "resource_route", Route)
-_secrets_of_other_keys = Query("connections", "secrets_of_other_keys", _Stored)
-_secret_reseal = Query("connections", "secret_reseal", NoRow)
-_secrets_by_key = Query("connections", "secrets_by_key", KeyUse)
 
 
 async def create(
@@ -319,64 +299,3 @@ async def route(conn: Connection, *, workspace_id: UUID, resource_id: UUID) -> R
     return await _resource_route.one_or_none(
         conn, workspace_id=workspace_id, resource_id=resource_id
     )
-
-
-# Rotation of keys ---------------------------------------------------------------------------------
-
-#: Before the first of all connections.
-_NIL = UUID(int=0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resealed:
-    """What one step of a rotation did. ``after``: where the next one begins; None: all were seen."""
-
-    resealed: int
-    unreadable: list[str]
-    after: tuple[UUID, UUID] | None
-
-
-async def reseal(
-    conn: Connection, *, keyring: Keyring, after: tuple[UUID, UUID] | None = None, most: int = 500
-) -> Resealed:
-    """Seal some secrets that older keys sealed with the newest one, in this transaction.
-
-    Those that no configured key opens stay as they are and are named. Workers go on: what they hold
-    in the clear has not changed.
-    """
-    workspace_id, connection_id = after or (_NIL, _NIL)
-    rows = await _secrets_of_other_keys.all(
-        conn,
-        key_id=keyring.key_id,
-        after_workspace_id=workspace_id,
-        after_connection_id=connection_id,
-        most=most,
-    )
-    unreadable: list[str] = []
-    for row in rows:
-        context = str(row.connection_id)
-        try:
-            secret = keyring.open(
-                Sealed(key_id=row.secret_key_id, ciphertext=row.secret), context=context
-            )
-        except SecretError as error:
-            unreadable.append(f"connection '{row.name}' ({row.connection_id}): {error}")
-            continue
-        sealed = keyring.seal(secret, context=context)
-        await _secret_reseal.run(
-            conn,
-            workspace_id=row.workspace_id,
-            connection_id=row.connection_id,
-            secret_key_id=sealed.key_id,
-            secret=sealed.ciphertext,
-        )
-    return Resealed(
-        resealed=len(rows) - len(unreadable),
-        unreadable=unreadable,
-        after=(rows[-1].workspace_id, rows[-1].connection_id) if len(rows) == most else None,
-    )
-
-
-async def key_uses(conn: Connection) -> list[KeyUse]:
-    """Which keys have sealed secrets that are stored, and how many."""
-    return await _secrets_by_key.all(conn)

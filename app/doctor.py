@@ -5,16 +5,16 @@ too, so that its silence is not mistaken for health.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
 import psycopg
 
-from app import connections, migrate, queue
+from app import migrate, queue, rotation
 from app.db import Connection, Query, unavailable
 from app.errors import SecretError
-from app.secrets import Keyring, Sealed
+from app.secrets import Keyring
 from app.settings import Settings
 
 _OLDEST_VERSION = 150000
@@ -91,15 +91,6 @@ class _Slot:
     true_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Secret:
-    workspace_id: UUID
-    connection_id: UUID
-    name: str
-    secret_key_id: str
-    secret: bytes = field(repr=False)
-
-
 _server_facts = Query("doctor", "server_facts", _Server)
 _oldest_transactions = Query("doctor", "oldest_transactions", _Oldest)
 _partitions_missing = Query("doctor", "partitions_missing", _Missing)
@@ -107,7 +98,6 @@ _workers_seen = Query("doctor", "workers_seen", _Workers)
 _ready_behind = Query("doctor", "ready_behind", _Behind)
 _counters_off = Query("doctor", "counters_off", _Flow)
 _ledger_off = Query("doctor", "ledger_off", _Slot)
-_secrets_stored = Query("doctor", "secrets_stored", _Secret)
 
 
 async def examine(settings: Settings, *, url: str, keyring: Keyring | None) -> list[Finding]:
@@ -264,23 +254,22 @@ async def _ledger(settings: Settings, conn: Connection) -> list[Finding]:
 
 
 async def _secrets(conn: Connection, keyring: Keyring | None) -> list[Finding]:
-    stored = await _secrets_stored.all(conn)
+    stored = await rotation.stored(conn)
     if keyring is None:
         if not stored:
             return []
-        what = f"{len(stored)} providers' secrets are stored, and no key is configured."
+        what = f"{len(stored)} secrets are stored, and no key is configured."
         return [Finding(what=what, remedy="Set SLUICE_SECRET_KEY to the key that sealed them.")]
     found: list[Finding] = []
     for secret in stored:
-        sealed = Sealed(key_id=secret.secret_key_id, ciphertext=secret.secret)
         try:
-            keyring.open(sealed, context=str(secret.connection_id))
+            secret.open(keyring)
         except SecretError as error:
-            what = f"The secret of connection '{secret.name}' ({secret.connection_id}): {error}."
+            what = f"The secret of {secret.owner} ({secret.id}): {error}."
             found.append(Finding(what=what, remedy="Add the key, or enter the secret again."))
     if not found:
-        found = [Finding(what=f"All {len(stored)} providers' secrets open.")]
-    uses = await connections.key_uses(conn)
+        found = [Finding(what=f"All {len(stored)} secrets open.")]
+    uses = await rotation.key_uses(conn)
     old = [
         use
         for use in uses

@@ -67,7 +67,7 @@ class Settings(BaseModel):
     secret_key: str | None = Field(
         default=None,
         repr=False,
-        description="key(s) that seal providers' secrets, `id:base64,…`; embedded: generated once",
+        description="key(s) that seal secrets, `id:base64,…`; embedded: generated once",
     )
     embedded_postgres: int | None = Field(
         default=None, description="version of a new embedded server: 16 or 18"

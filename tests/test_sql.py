@@ -95,14 +95,15 @@ ACROSS_TENANTS = {
     "a user's own list": {"workspaces.workspaces_of"},
     "the operator's command line": {"workspaces.workspaces_all", "tenants.environment_named"},
     "rotation of secrets": {
-        "connections.secrets_of_other_keys",
-        "connections.secrets_by_key",
+        "rotation.connection_secrets_of_other_keys",
+        "rotation.endpoint_secrets_of_other_keys",
+        "rotation.secrets_by_key",
+        "rotation.secrets_stored",
     },
     "doctor": {
         "doctor.counters_off",
         "doctor.ledger_off",
         "doctor.ready_behind",
-        "doctor.secrets_stored",
         "doctor.workers_seen",
     },
     "validators of files": {"submissions.submission_lease"},

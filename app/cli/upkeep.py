@@ -7,13 +7,12 @@ import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from uuid import UUID
 
 import click
 import psycopg
 
-from app import connections, embedded, settings
 from app import doctor as physician
+from app import embedded, rotation, settings
 from app import migrate as migrations
 from app.cli.processes import log_for_person, run_async
 from app.cli.store import Store, open_store
@@ -72,20 +71,17 @@ def rotate() -> None:
     raise SystemExit(1 if done.unreadable else 0)
 
 
-async def _rotate(store: Store) -> connections.Resealed:
+async def _rotate(store: Store) -> rotation.Resealed:
     """In steps of one transaction each, so that a rotation that is broken off is gone on with."""
     resealed, unreadable = 0, list[str]()
-    after: tuple[UUID, UUID] | None = None
+    step: rotation.Step | None = rotation.Step()
     async with store.database("rotate") as db:
-        while True:
+        while step is not None:
             async with db.transaction() as conn:
-                step = await connections.reseal(conn, keyring=store.keyring, after=after)
-            resealed += step.resealed
-            unreadable += step.unreadable
-            after = step.after
-            if after is None:
-                break
-    return connections.Resealed(resealed=resealed, unreadable=unreadable, after=None)
+                done, step = await rotation.reseal(conn, keyring=store.keyring, step=step)
+            resealed += done.resealed
+            unreadable += done.unreadable
+    return rotation.Resealed(resealed=resealed, unreadable=unreadable)
 
 
 @click.command()

@@ -92,29 +92,3 @@ from resources r
 join connections c on c.workspace_id = r.workspace_id and c.connection_id = r.connection_id
 left join resources o on o.workspace_id = r.workspace_id and o.resource_id = r.owner_id
 where r.workspace_id = %(workspace_id)s and r.resource_id = %(resource_id)s;
-
--- name: secrets_of_other_keys
--- Some secrets that another key than the given one sealed, of every tenant: an operator's statement. Locks their rows
--- in order.
-select workspace_id, connection_id, name, secret_key_id, secret
-from connections
-where secret is not null
-    and secret_key_id <> %(key_id)s
-    and (workspace_id, connection_id) > (%(after_workspace_id)s::uuid, %(after_connection_id)s::uuid)
-order by workspace_id, connection_id
-limit %(most)s
-for no key update;
-
--- name: secret_reseal
--- The same secret under another key: nothing that anybody sees has changed.
-update connections
-set secret_key_id = %(secret_key_id)s, secret = %(secret)s
-where workspace_id = %(workspace_id)s and connection_id = %(connection_id)s;
-
--- name: secrets_by_key
--- How many secrets each key has sealed, of every tenant: an operator's statement.
-select secret_key_id, count(*) as secrets
-from connections
-where secret is not null
-group by secret_key_id
-order by secret_key_id;

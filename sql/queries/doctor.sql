@@ -144,10 +144,3 @@ where c.amounts <> c.true_amounts
         clock_timestamp() - make_interval(hours => %(keep_hours)s) + interval '1 hour'
     )
 order by c.workspace_id, c.limit_id, c.slot_at;
-
--- name: secrets_stored
--- Every sealed secret, to see whether the configured keys open it.
-select workspace_id, connection_id, name, secret_key_id, secret
-from connections
-where secret is not null
-order by workspace_id, connection_id;

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app import connections, resources
+from app import connections, resources, rotation, webhooks
 from app.presets import PROVIDERS
 from app.secrets import Keyring
 from app.simulator import Behaviour, Simulator
@@ -346,6 +346,9 @@ async def test_a_secret_is_nowhere_to_be_seen(
 async def test_rotation_seals_every_secret_anew(lone_service: Service) -> None:
     service = lone_service
     rows = [await made(service, name=f"c{n}", apiKey=f"sk-{n}") for n in range(5)]
+    hook = {"name": "h", "url": "https://example.com/h", "event_types": ["batch.completed"]}
+    hooked = await service.http.post(f"{service.url}/v1/webhook_endpoints", json=hook)
+    assert hooked.status_code == 200, hooked.text
     old = service.keyring
     key = base64.urlsafe_b64encode(os.urandom(32)).decode()
     # As a setting with the new key first would: it opens what the old one sealed.
@@ -356,16 +359,9 @@ async def test_rotation_seals_every_secret_anew(lone_service: Service) -> None:
             "update connections set secret_key_id = 'lost' where name = 'c4' and workspace_id = %s",
             (service.environment.workspace_id,),
         )
-    steps: list[connections.Resealed] = []
-    after = None
-    while True:
-        async with service.db.transaction() as conn:
-            step = await connections.reseal(conn, keyring=both, after=after, most=2)
-        steps.append(step)
-        after = step.after
-        if after is None:
-            break
-    assert any("'c4'" in each for step in steps for each in step.unreadable)
+    resealed = await _resealed(service, both)
+    assert resealed.resealed >= 5
+    assert any("'c4'" in each for each in resealed.unreadable)
     async with service.db.connection() as conn:
         for row in rows[:4]:
             found = await connections.named(
@@ -378,7 +374,27 @@ async def test_rotation_seals_every_secret_anew(lone_service: Service) -> None:
             assert found.secret_key_id == "new"
             only_new = Keyring(f"new:{key}")
             assert connections.open_secret(only_new, found) == f"sk-{row['name'][1:]}"
-        again = await connections.reseal(conn, keyring=both)
-        assert again.resealed == 0
-        uses = {use.secret_key_id for use in await connections.key_uses(conn)}
-    assert {"new", "lost"} <= uses
+        endpoints = await webhooks.page(
+            conn,
+            workspace_id=service.environment.workspace_id,
+            environment_id=service.environment.environment_id,
+            before=None,
+            most=1,
+        )
+        secret = webhooks.open_(Keyring(f"new:{key}"), endpoints[0]).secret
+        assert secret == hooked.json()["signing_secret"]
+        uses = {use.secret_key_id for use in await rotation.key_uses(conn)}
+    assert uses == {"new", "lost"}
+    assert (await _resealed(service, both)).resealed == 0
+
+
+async def _resealed(service: Service, keyring: Keyring) -> rotation.Resealed:
+    """All steps of a rotation, each in a transaction of its own."""
+    resealed, unreadable = 0, list[str]()
+    step: rotation.Step | None = rotation.Step()
+    while step is not None:
+        async with service.db.transaction() as conn:
+            done, step = await rotation.reseal(conn, keyring=keyring, step=step, most=2)
+        resealed += done.resealed
+        unreadable += done.unreadable
+    return rotation.Resealed(resealed=resealed, unreadable=unreadable)
