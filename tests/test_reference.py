@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pytest
 
-from app.settings import Settings
 from tests.cli.conftest import Cli, cli_on, say_migrated, until
 from tests.conftest import cloned
 from tests.examples import ASYNC_EXAMPLE, CALLBACK_EXAMPLE, SYNC_EXAMPLE, directed
@@ -86,10 +85,8 @@ def stack(cluster: str, template: str, tmp_path_factory: pytest.TempPathFactory)
         cli_on(say_migrated(database), tmp_path_factory.mktemp("stack")) as cli,
     ):
         cli.env["SLUICE_CONCURRENCY"] = "50"
-        if "callback_allow_networks" in Settings.model_fields:
-            cli.env["SLUICE_CALLBACK_ALLOW_NETWORKS"] = "127.0.0.0/8"
-        if "provider_allow_networks" in Settings.model_fields:
-            cli.env["SLUICE_PROVIDER_ALLOW_NETWORKS"] = "127.0.0.0/8"
+        cli.env["SLUICE_CALLBACK_ALLOW_NETWORKS"] = "127.0.0.0/8"
+        cli.env["SLUICE_PROVIDER_ALLOW_NETWORKS"] = "127.0.0.0/8"
         with httpx.Client(timeout=60, trust_env=False) as http:
             yield started(cli, http)
 
@@ -137,42 +134,40 @@ def test_the_documented_async_client_runs_unchanged(stack: Stack) -> None:
     assert stack.run(ASYNC_EXAMPLE)[-1] == "Progress: 100.0%"
 
 
-if "callback_allow_networks" in Settings.model_fields:
+def test_the_documented_callback_client_runs_unchanged(stack: Stack) -> None:
+    heard: list[Json] = []
 
-    def test_the_documented_callback_client_runs_unchanged(stack: Stack) -> None:
-        heard: list[Json] = []
+    class Sink(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            heard.append(json.loads(body) | {"key": self.headers["x-api-key"]})
+            self.send_response(204)
+            self.end_headers()
 
-        class Sink(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                heard.append(json.loads(body) | {"key": self.headers["x-api-key"]})
-                self.send_response(204)
-                self.end_headers()
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401 - its name
+            del format, args
 
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401 - its name
-                del format, args
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Sink) as sink:
-            listening = threading.Thread(target=sink.serve_forever)
-            listening.start()
-            try:
-                here = f"http://127.0.0.1:{sink.server_port}/batch-callback"
-                printed = stack.run(
-                    CALLBACK_EXAMPLE.replace("https://your-app.com/batch-callback", here)
-                )
-                until(
-                    lambda: any(event["event"] == "BATCH_UPDATE" for event in heard),
-                    what="the batch's callback came",
-                )
-            finally:
-                sink.shutdown()
-                listening.join()
-        assert printed[0].startswith("Batch created: ")
-        assert {event["key"] for event in heard} == {"your-secret-key"}
-        assert heard[-1]["event"] == "BATCH_UPDATE"
-        assert heard[-1]["payload"]["status"] == "COMPLETED"
-        items = [event["payload"]["status"] for event in heard if event["event"] == "ITEM_UPDATE"]
-        assert items[-1] == "COMPLETED"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sink) as sink:
+        listening = threading.Thread(target=sink.serve_forever)
+        listening.start()
+        try:
+            here = f"http://127.0.0.1:{sink.server_port}/batch-callback"
+            printed = stack.run(
+                CALLBACK_EXAMPLE.replace("https://your-app.com/batch-callback", here)
+            )
+            until(
+                lambda: any(event["event"] == "BATCH_UPDATE" for event in heard),
+                what="the batch's callback came",
+            )
+        finally:
+            sink.shutdown()
+            listening.join()
+    assert printed[0].startswith("Batch created: ")
+    assert {event["key"] for event in heard} == {"your-secret-key"}
+    assert heard[-1]["event"] == "BATCH_UPDATE"
+    assert heard[-1]["payload"]["status"] == "COMPLETED"
+    items = [event["payload"]["status"] for event in heard if event["event"] == "ITEM_UPDATE"]
+    assert items[-1] == "COMPLETED"
 
 
 @pytest.mark.parametrize("running", ["abort", "finish"])
