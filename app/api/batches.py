@@ -745,7 +745,7 @@ def _stream(
     headers: dict[str, str] | None = None,
 ) -> Stream:
     async def check() -> None:
-        await request.route_handler.authorize_connection(request)  # pyright: ignore[reportUnknownMemberType]
+        await request.route_handler.authorize_connection(request)  # pyright: ignore[reportUnknownMemberType] - Litestar's
         async with context.db.connection() as conn:
             await batch_for(conn, await caller_of(request), batch.batch_id)
 
