@@ -62,8 +62,8 @@ class NoRow:
 class Query(Generic[Row]):
     """One named statement and the type of its rows.
 
-    ``row`` is a dataclass whose fields are the statement's columns; an extra or a missing one is
-    a TypeError at the first fetch, and a test compares them without running the statement.
+    ``row`` is a dataclass or a Struct whose fields are the statement's columns; an extra or a missing
+    one is a TypeError at the first fetch, and a test compares them without running the statement.
     """
 
     def __init__(self, file: str, name: str, row: type[Row]) -> None:

@@ -102,16 +102,6 @@ comment on type budget is
     'Scratch of claim(): a limit, what of it is left, and what of that the even pace allows at once, with '
     'what comes back per second. Null: no bound. Never stored.';
 
-create type given_outcome as (
-    ord int, batch_day date, batch_id uuid, resource_id uuid, connection_id uuid, seq int, attempt int,
-    outcome attempt_outcome, refund boolean, wait_s double precision, claimed_at timestamptz,
-    started_at timestamptz, ended_at timestamptz, latency_ms int, status_code smallint,
-    error_code text, error_message text, model text, request_id text, limit_ids uuid[],
-    reserved_input_tokens int, reserved_output_tokens int, expected_output_tokens int, input_tokens int,
-    output_tokens int, cached_tokens int, reasoning_tokens int, headers jsonb
-);
-comment on type given_outcome is 'Scratch of settle(): one outcome as the worker sends it.';
-
 create type settled_item as (
     ord int, workspace_id uuid, batch_day date, batch_id uuid, resource_id uuid, seq int, attempt int,
     was work_status, becomes work_status, reason ended_reason, visible_at timestamptz,

@@ -6,7 +6,7 @@ told to (``burst_s``), so that the number of items it takes is what the limits l
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
+from msgspec.structs import replace
 from datetime import timedelta
 from typing import Any, Literal
 from uuid import UUID

@@ -38,8 +38,9 @@
 -- flow, the whole claim is undone by SLCLO and simply asked for again: nothing is claimed after a cancel's
 -- commit.
 --
--- The last row returned has no seq: it reports. next_at says when it is worth asking again (null: nothing
--- waits; in the past: at once), busy that another worker held a mutex, isolated that a suspect of many
+-- The last row returned has no seq: it reports. What items have in common is there, once for each flow (flows:
+-- [{flow, batch_day, batch_id, endpoint, limit_ids}]), and claimed_at. next_at says when it is worth asking again (null:
+-- nothing waits; in the past: at once), busy that another worker held a mutex, isolated that a suspect of many
 -- crashes is due: it was taken, and nothing else, if the worker has nothing else to do (p_alone), and
 -- otherwise waits until a worker has. is_limited: any limit or pace bounds what was taken, so that a call must
 -- leave soon after its claim.
@@ -55,10 +56,8 @@ create or replace function claim(
     p_slow_start int
 )
 returns table (
-    batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
-    input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean, timeout_ms int,
-    endpoint text, body text, claimed_at timestamptz, limit_ids uuid[], is_limited boolean, busy boolean, isolated boolean,
-    next_at timestamptz, reason wait_reason, waits_for uuid, config_at timestamptz
+    flow int, seq int, attempt int, failures int, max_attempts int, input_tokens int, output_tokens int,
+    expected_output_tokens int, impossible boolean, timeout_ms int, body text, report json
 )
 language plpgsql volatile
 -- The tables grow from empty to millions while a cached plan lives, and their statistics lag behind: these
@@ -165,10 +164,9 @@ begin
     for no key update skip locked;
     get diagnostics v_n = row_count;
     if v_n < 3 then
-        return query select null::date, null::uuid, null::int, null::int, null::int, null::int,
-            null::int, null::int, null::int, null::boolean, null::int, null::text, null::text, clock_timestamp(),
-            null::uuid[], null::boolean, true, false, clock_timestamp(), null::wait_reason, null::uuid,
-            v_resource.config_at;
+        report := json_build_object('claimed_at', clock_timestamp(), 'flows', '[]'::json, 'is_limited', false,
+            'busy', true, 'isolated', false, 'next_at', clock_timestamp(), 'config_at', v_resource.config_at);
+        return next;
         return;
     end if;
     select s.* into v_state
@@ -809,19 +807,26 @@ begin
     end if;
 
     return query
-    select t.batch_day, t.batch_id, t.seq, t.attempt, t.failures, t.max_attempts, t.input_tokens,
-        t.output_tokens, t.expected_output_tokens, t.impossible, t.timeout_ms,
-        v_endpoints ->> t.batch_id::text, q.body::text, v_now,
-        case when t.impossible then '{}' else (v_flows[t.flow]).limit_ids end, v_is_limited, false, false,
-        null::timestamptz, null::wait_reason, null::uuid, v_resource.config_at
+    select t.flow, t.seq, t.attempt, t.failures, t.max_attempts, t.input_tokens, t.output_tokens,
+        t.expected_output_tokens, t.impossible, t.timeout_ms, q.body::text, null::json
     from unnest(v_taken) t
     join item_requests q on q.workspace_id = t.workspace_id
         and q.batch_day = t.batch_day
         and q.batch_id = t.batch_id
         and q.seq = t.seq;
-    return query select null::date, null::uuid, null::int, null::int, null::int, null::int, null::int,
-        null::int, null::int, null::boolean, null::int, null::text, null::text, v_now, null::uuid[],
-        v_is_limited, v_busy, v_isolated, nullif(v_next, 'infinity'), v_reason, v_waits_for, v_resource.config_at;
+    -- What "return next" returns are the columns as they stand: none of them was set.
+    report := json_build_object(
+        'claimed_at', v_now,
+        'flows', (
+            select coalesce(json_agg(json_build_object(
+                'flow', n.flow, 'batch_day', (v_flows[n.flow]).batch_day, 'batch_id', (v_flows[n.flow]).batch_id,
+                'endpoint', v_endpoints ->> (v_flows[n.flow]).batch_id::text,
+                'limit_ids', (v_flows[n.flow]).limit_ids)), '[]')
+            from (select distinct t.flow from unnest(v_taken) t) n
+        ),
+        'is_limited', v_is_limited, 'busy', v_busy, 'isolated', v_isolated, 'next_at', nullif(v_next, 'infinity'),
+        'reason', v_reason, 'waits_for', v_waits_for, 'config_at', v_resource.config_at);
+    return next;
 end
 $$;
 comment on function claim(

@@ -149,7 +149,8 @@ comment on function observed_use(uuid, uuid, limit_period, timestamptz) is
 
 -- Keep a sample of the latest hundred outputs of each resource, and what follows from it once there are twenty.
 -- At most eight of one settlement, and of small settlements only some: the newest are no better than the others.
-create or replace function observe_outputs(p_workspace_id uuid, p_given given_outcome[]) returns void
+-- p_replies: see settle.
+create or replace function observe_outputs(p_workspace_id uuid, p_replies jsonb) returns void
 language plpgsql volatile
 as $$
 declare
@@ -157,11 +158,10 @@ declare
     v_recent int[];
 begin
     for v_seen in
-        select g.resource_id, (array_agg(g.output_tokens order by g.ord desc))[:8] as outputs
-        from unnest(p_given) g
-        where g.outcome = 'answered' and g.output_tokens is not null
-        group by g.resource_id
-        order by g.resource_id
+        select r.resource_id, r.outputs
+        from jsonb_to_recordset(p_replies) as r (resource_id uuid, outputs int[])
+        where r.outputs is not null
+        order by r.resource_id
     loop
         select s.recent_outputs into v_recent
         from resource_states s
@@ -184,11 +184,11 @@ begin
     end loop;
 end
 $$;
-comment on function observe_outputs(uuid, given_outcome[]) is 'Learn how long a resource''s answers are.';
+comment on function observe_outputs(uuid, jsonb) is 'Learn how long a resource''s answers are.';
 
 -- Refusals and answers. p_rest_s, p_rest_most_s: see settle.
 create or replace function observe_calls(
-    p_workspace_id uuid, p_given given_outcome[], p_now timestamptz, p_rest_s double precision,
+    p_workspace_id uuid, p_replies jsonb, p_now timestamptz, p_rest_s double precision,
     p_rest_most_s double precision
 )
 returns void
@@ -207,21 +207,18 @@ declare
 begin
     for v_seen in
         select r.model_scope_id as scope_id, r.connection_id, array_agg(distinct r.resource_id) as resource_ids,
-            count(*) filter (where g.outcome = 'answered')::int as answered,
-            max(g.claimed_at) filter (where g.outcome = 'answered') as answered_at,
-            max(g.claimed_at) filter (where g.error_code = 'rate_limited') as refused_at,
-            max(g.claimed_at) filter (where g.error_code in ('overloaded', 'concurrency_limited'))
-                as overloaded_at,
-            bool_or(g.error_code = 'overloaded') as is_overloaded,
-            bool_or(g.outcome = 'throttled') as is_throttled,
-            count(*) as settled,
-            max(g.wait_s) filter (where g.outcome = 'throttled') as wait_s,
-            max(g.error_code) filter (where g.outcome = 'throttled') as code
+            sum(g.answered)::int as answered, max(g.answered_at) as answered_at, max(g.refused_at) as refused_at,
+            max(g.overloaded_at) as overloaded_at, bool_or(g.is_overloaded) as is_overloaded,
+            bool_or(g.is_throttled) as is_throttled, sum(g.calls) as settled, max(g.wait_s) as wait_s,
+            max(g.code) as code
         from (
-            select p_workspace_id as workspace_id, o.resource_id, o.outcome, o.claimed_at, o.wait_s,
-                case when o.outcome = 'throttled' then o.error_code end as error_code
-            from unnest(p_given) o
-            where o.outcome not in ('unsent', 'impossible', 'lost')
+            select p_workspace_id as workspace_id, o.*
+            from jsonb_to_recordset(p_replies) as o (
+                resource_id uuid, calls int, answered int, answered_at timestamptz, refused_at timestamptz,
+                overloaded_at timestamptz, is_overloaded boolean, is_throttled boolean, wait_s double precision,
+                code text
+            )
+            where o.calls > 0
         ) g
         join resources r on r.workspace_id = g.workspace_id and r.resource_id = g.resource_id
         group by r.model_scope_id, r.connection_id
@@ -355,16 +352,16 @@ begin
     set blocked_until = greatest(t.blocked_until, p_now + make_interval(secs => b.wait_s)),
         blocked_reason = 'insufficient_quota'
     from (
-        select p_workspace_id as workspace_id, g.connection_id, max(coalesce(g.wait_s, 60)) as wait_s
-        from unnest(p_given) g
-        where g.outcome = 'throttled' and g.error_code = 'insufficient_quota'
+        select p_workspace_id as workspace_id, g.connection_id, max(g.out_of_money_s) as wait_s
+        from jsonb_to_recordset(p_replies) as g (connection_id uuid, out_of_money_s double precision)
+        where g.out_of_money_s is not null
         group by g.connection_id
     ) b
     where t.workspace_id = b.workspace_id and t.scope_id = b.connection_id;
 end
 $$;
 comment on function observe_calls(
-    uuid, given_outcome[], timestamptz, double precision, double precision
+    uuid, jsonb, timestamptz, double precision, double precision
 ) is 'Learn from refusals and answers what a model on a connection bears.';
 
 -- Calls of a model that were claimed since a time and not refused for their number.

@@ -22,47 +22,27 @@ $$;
 comment on function price_at(uuid, text, text, timestamptz) is
     'Price per token of a model at a time, in billionths of the currency; no row: none is known.';
 
--- The cost and the currency of each of some calls, by position. One look per model and claim, not per call.
--- A call that brought no usage cost nothing, unless it was answered: then what was reserved is the best that is known.
-create or replace function call_costs(p_workspace_id uuid, p_calls given_outcome[])
-returns table (costs bigint[], currencies text[])
-language sql stable
+-- What a call cost, by a price per token; null: no price is known, or nothing was asked.
+-- One that brought no usage cost nothing, unless it was answered: then what was reserved is the best that is known.
+create or replace function call_cost(
+    p_outcome attempt_outcome, p_refund boolean, p_input_tokens int, p_cached_tokens int, p_output_tokens int,
+    p_reserved_input_tokens int, p_reserved_output_tokens int, p_input_nano numeric, p_cached_nano numeric,
+    p_output_nano numeric
+)
+returns bigint
+language sql immutable parallel safe
 as $$
-    with asked as materialized (
-        select c.resource_id, c.model, c.claimed_at, array_agg(c.ord) as ords
-        from unnest(p_calls) c
-        where c.outcome not in ('lost', 'unsent', 'impossible')
-        group by c.resource_id, c.model, c.claimed_at
-    ),
-    priced as (
-        select o.ord, p.*
-        from asked a
-        join resources r on r.workspace_id = p_workspace_id and r.resource_id = a.resource_id
-        cross join lateral price_at(p_workspace_id, coalesce(a.model, r.model), r.model, a.claimed_at) p
-        cross join unnest(a.ords) as o (ord)
-    ),
-    each_one as (
-        select o.ord, null::bigint as cost_nano, null::text as currency from unnest(p_calls) o
-        union all
-        select p.ord,
-            case
-                when c.refund or c.outcome = 'throttled' then 0
-                when c.outcome <> 'answered' and coalesce(c.input_tokens, c.output_tokens) is null then 0
-                else round(
-                    (u.input_tokens - u.cached_tokens) * p.input_nano + u.cached_tokens * p.cached_nano
-                    + coalesce(c.output_tokens, c.reserved_output_tokens) * p.output_nano)
-            end::bigint,
-            p.currency
-        from priced p
-        cross join lateral (select (p_calls[p.ord]).*) c
-        cross join lateral (
-            select coalesce(c.input_tokens, c.reserved_input_tokens) as input_tokens,
-                least(coalesce(c.cached_tokens, 0), coalesce(c.input_tokens, 0)) as cached_tokens
-        ) u
-    )
-    select array_agg(e.cost_nano order by e.ord), array_agg(e.currency order by e.ord)
-    from (
-        select ord, max(cost_nano) as cost_nano, max(currency) as currency from each_one group by ord
-    ) e
+    select case
+        when p_input_nano is null or p_outcome in ('lost', 'unsent', 'impossible') then null
+        when p_refund or p_outcome = 'throttled' then 0
+        when p_outcome <> 'answered' and coalesce(p_input_tokens, p_output_tokens) is null then 0
+        else round(
+            (coalesce(p_input_tokens, p_reserved_input_tokens)
+                - least(coalesce(p_cached_tokens, 0), coalesce(p_input_tokens, 0))) * p_input_nano
+            + least(coalesce(p_cached_tokens, 0), coalesce(p_input_tokens, 0)) * p_cached_nano
+            + coalesce(p_output_tokens, p_reserved_output_tokens) * p_output_nano)
+    end::bigint
 $$;
-comment on function call_costs(uuid, given_outcome[]) is 'What calls cost, by position.';
+comment on function call_cost(
+    attempt_outcome, boolean, int, int, int, int, int, numeric, numeric, numeric
+) is 'What a call cost, in billionths of its price''s currency.';

@@ -10,11 +10,9 @@ order by next_at
 limit %(most)s;
 
 -- name: item_claim
--- Take items of one resource within its limits. The last row has no seq: it reports.
-select batch_day, batch_id, seq, attempt, failures, max_attempts, input_tokens, output_tokens,
-    expected_output_tokens, impossible, timeout_ms, endpoint, body, claimed_at, limit_ids, is_limited, busy, isolated,
-    next_at,
-    reason::text as reason, waits_for, config_at
+-- Take items of one resource within its limits. The last row has no seq: it reports, and tells of the flows.
+select flow, seq, attempt, failures, max_attempts, input_tokens, output_tokens, expected_output_tokens, impossible,
+    timeout_ms, body, report::text as report
 from claim(
     %(workspace_id)s, %(resource_id)s, %(worker_id)s, %(want)s, %(alone)s,
     make_interval(secs => %(guard_s)s), make_interval(secs => %(grace_s)s), %(burst_s)s::double precision,
@@ -30,8 +28,8 @@ from items
 where status = 'running' and worker_id = %(worker_id)s;
 
 -- name: item_settle
--- Record outcomes: a JSON array of facts and, by position, the provider's bodies.
-select ord, settled, batch_id, resource_id, becomes, wakes
+-- Record outcomes: the calls of each claim as JSON and, by position, the provider's bodies.
+select unsettled, becomes, wakes
 from settle(
     %(workspace_id)s, %(worker_id)s, %(outcomes)s::json, %(bodies)b::text[], %(observed)s::json,
     %(rest_s)s::double precision, %(rest_most_s)s::double precision
