@@ -549,7 +549,14 @@ def _grants(ordered: Iterable[Settlement]) -> list[_Grant]:
     """What calls have in common, said once; their ``ord`` is their place from 1."""
     grants: dict[tuple[object, ...], _Grant] = {}
     for position, one in enumerate(ordered, start=1):
-        key = (one.batch_id, one.claimed_at, one.model, one.resource_id, one.connection_id, one.limit_ids)
+        key = (
+            one.batch_id,
+            one.claimed_at,
+            one.model,
+            one.resource_id,
+            one.connection_id,
+            one.limit_ids,
+        )
         if (grant := grants.get(key)) is None:
             grant = grants[key] = _Grant(
                 batch_day=one.batch_day,

@@ -85,9 +85,16 @@ comment on type claim_pick is 'Scratch of claim(): an item admitted. Never store
 create type taken_item as (
     workspace_id uuid, batch_day date, batch_id uuid, seq int, attempt int, failures int, max_attempts int,
     flow int, input_tokens int, output_tokens int, expected_output_tokens int, impossible boolean,
-    timeout_ms int, cost_nano bigint
+    timeout_ms int
 );
 comment on type taken_item is 'Scratch of claim(): one item it took. Never stored.';
+
+create type claim_share as (
+    flow int, batch_day date, batch_id uuid, items int, started int, requests int, input_tokens bigint,
+    output_tokens bigint, expected_output_tokens bigint, cost_nano bigint, tokens double precision, floor int,
+    seqs int[]
+);
+comment on type claim_share is 'Scratch of claim(): what it took of one flow, together. Never stored.';
 
 create type budget as (
     limit_id uuid, scope_id uuid, most_requests bigint, most_tokens bigint, most_input_tokens bigint,

@@ -1,11 +1,12 @@
 """A database of an earlier revision, with work of every kind in it, is brought to the present one."""
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 from psycopg import sql
 
 from app import connections, migrate, queue

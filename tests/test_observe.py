@@ -6,13 +6,13 @@ told to (``burst_s``), so that the number of items it takes is what the limits l
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from msgspec.structs import replace
 from datetime import timedelta
 from typing import Any, Literal
 from uuid import UUID
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 
 from app.capacity import Amount
 from app.db import Connection, Database

@@ -1,8 +1,8 @@
 """Every named statement, checked against the real schema without running it."""
 
 import ast
-import inspect
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path

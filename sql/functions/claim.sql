@@ -135,7 +135,7 @@ declare
     v_expected int;
     v_head claim_pick;
     v_taken taken_item[];
-    v_floors jsonb;
+    v_shares claim_share[];
     v_flow record;
     v_batch_ids uuid[];
     v_begun uuid[];
@@ -594,6 +594,19 @@ begin
                 h.flow, h.input_tokens, h.output_tokens, h.expected_output_tokens, h.impossible, h.rank,
                 i.timeout_ms, h.cost_nano
         ),
+        shared as (
+            select u.flow, count(*)::int as items, count(*) filter (where u.attempt = 1)::int as started,
+                count(*) filter (where not u.impossible)::int as requests, sum(u.input_tokens) as input_tokens,
+                sum(u.output_tokens) as output_tokens, sum(u.expected_output_tokens) as expected_output_tokens,
+                sum(u.cost_nano) as cost_nano,
+                sum(greatest(u.input_tokens + u.output_tokens, 1) * first_share((v_flows[u.flow]).started + u.number))
+                    as tokens,
+                array_agg(u.seq order by u.seq) as seqs
+            from (
+                select *, row_number() over (partition by flow order by rank) as number from updated
+            ) u
+            group by u.flow
+        ),
         -- A first-attempt candidate that was not taken stops its flow's floor.
         floors as (
             select flow, coalesce(min(seq) filter (where not taken), max(seq) + 1) as floor
@@ -610,10 +623,17 @@ begin
         )
         select
             (select array_agg(row(p_workspace_id, batch_day, batch_id, seq, attempt, failures, max_attempts,
-                flow, input_tokens, output_tokens, expected_output_tokens, impossible, timeout_ms, cost_nano)::taken_item
+                flow, input_tokens, output_tokens, expected_output_tokens, impossible, timeout_ms)::taken_item
                 order by rank) from updated),
-            (select jsonb_object_agg(flow, floor) from floors)
-        into v_taken, v_floors;
+            (
+                select array_agg(row(s.flow, (v_flows[s.flow]).batch_day, (v_flows[s.flow]).batch_id, s.items, s.started,
+                    s.requests, s.input_tokens, s.output_tokens, s.expected_output_tokens, s.cost_nano, s.tokens,
+                    s.floor, s.seqs)::claim_share order by (v_flows[s.flow]).batch_id)
+                from (
+                    select s.*, (select f.floor from floors f where f.flow = s.flow) as floor from shared s
+                ) s
+            )
+        into v_taken, v_shares;
 
         -- 9. The ledger: one row per limit, the slot of now. Before a flow is set aside all slots that its limits
         -- count are locked, together with the others in one order: a settlement beside us gives back before we
@@ -640,15 +660,9 @@ begin
             select p_workspace_id as workspace_id, o.limit_id, sum(t.requests) as requests,
                 sum(t.input_tokens) as input_tokens, sum(t.output_tokens) as output_tokens,
                 sum(t.expected_output_tokens) as expected_output_tokens, sum(t.cost_nano) as cost_nano
-            from (
-                select flow, count(*) as requests, sum(input_tokens) as input_tokens,
-                    sum(output_tokens) as output_tokens,
-                    sum(expected_output_tokens) as expected_output_tokens, sum(cost_nano) as cost_nano
-                from unnest(v_taken)
-                where not impossible
-                group by flow
-            ) t
+            from unnest(v_shares) t
             cross join lateral unnest((v_flows[t.flow]).limit_ids) as o (limit_id)
+            where t.requests > 0
             group by o.limit_id
         ) s
         join limits l on l.workspace_id = s.workspace_id and l.limit_id = s.limit_id
@@ -664,7 +678,7 @@ begin
         -- Each flow's items are one event row.
         select array_agg((v_flows[n]).batch_id) into v_batch_ids
         from (
-            select t.flow from unnest(v_taken) t union select h.flow from unnest(v_waiting) h
+            select t.flow from unnest(v_shares) t union select h.flow from unnest(v_waiting) h
         ) touched (n);
         perform 1 from flows f
         where f.workspace_id = p_workspace_id
@@ -672,38 +686,22 @@ begin
             and f.resource_id = p_resource_id
         order by f.batch_id
         for no key update;
-        with taken as materialized (
-            -- Looked up by position, not joined: a nested loop would sum the items up anew for every flow.
-            select p_workspace_id as workspace_id, (v_flows[t.flow]).batch_id as batch_id,
-                p_resource_id as resource_id, t.*
-            from (
-                select n.flow, count(*)::int as items, count(*) filter (where n.attempt = 1)::int as started,
-                    sum(n.cost * first_share((v_flows[n.flow]).started + n.number)) / (v_flows[n.flow]).weight
-                        as virtual_time
-                from (
-                    select a.flow, a.attempt, greatest(a.input_tokens + a.output_tokens, 1) as cost,
-                        row_number() over (partition by a.flow order by a.ordinality) as number
-                    from unnest(v_taken) with ordinality a
-                ) n
-                group by n.flow
-            ) t
-        )
         update flows f
         set pending = f.pending - t.items,
             unstarted = f.unstarted - t.started,
             running = f.running + t.items,
-            virtual_time = greatest(f.virtual_time, (v_flows[t.flow]).entry) + t.virtual_time,
+            virtual_time = greatest(f.virtual_time, (v_flows[t.flow]).entry) + t.tokens / (v_flows[t.flow]).weight,
             waits_until = '-infinity',
             waits_for = null,
-            floor = greatest(f.floor, (v_floors ->> t.flow::text)::int)
-        from taken t
+            floor = greatest(f.floor, t.floor)
+        from (select p_workspace_id as workspace_id, p_resource_id as resource_id, s.* from unnest(v_shares) s) t
         where f.workspace_id = t.workspace_id
             and f.batch_id = t.batch_id
             and f.resource_id = t.resource_id
             and not f.is_cancelled
             and not f.is_paused;
         get diagnostics v_n = row_count;
-        if v_n < (select count(distinct t.flow) from unnest(v_taken) t) then
+        if v_n < coalesce(cardinality(v_shares), 0) then
             raise exception 'the flow of a batch was closed during the claim' using errcode = 'SLCLO';
         end if;
         for v_flow in
@@ -721,7 +719,7 @@ begin
                 and f.batch_id = v_flow.batch_id
                 and f.resource_id = p_resource_id;
         end loop;
-        select array_agg(distinct t.batch_id) into v_batch_ids from unnest(v_taken) t;
+        select array_agg(t.batch_id) into v_batch_ids from unnest(v_shares) t;
         perform 1 from batches b
         where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids)
         order by b.batch_id
@@ -738,11 +736,7 @@ begin
         where b.workspace_id = p_workspace_id and b.batch_id = any (v_batch_ids);
         perform events_append(p_workspace_id, array(
             select row(t.batch_day, t.batch_id, k.kind, k.seqs)::happening
-            from (
-                select batch_day, batch_id, array_agg(seq order by seq) as seqs
-                from unnest(v_taken)
-                group by batch_day, batch_id
-            ) t
+            from unnest(v_shares) t
             cross join lateral (
                 values (1, 'batch-running'::event_kind, null::int[]), (2, 'item-running', t.seqs)
             ) k (place, kind, seqs)
@@ -818,11 +812,9 @@ begin
     report := json_build_object(
         'claimed_at', v_now,
         'flows', (
-            select coalesce(json_agg(json_build_object(
-                'flow', n.flow, 'batch_day', (v_flows[n.flow]).batch_day, 'batch_id', (v_flows[n.flow]).batch_id,
-                'endpoint', v_endpoints ->> (v_flows[n.flow]).batch_id::text,
-                'limit_ids', (v_flows[n.flow]).limit_ids)), '[]')
-            from (select distinct t.flow from unnest(v_taken) t) n
+            select coalesce(json_agg(json_build_object('flow', t.flow, 'batch_day', t.batch_day, 'batch_id', t.batch_id,
+                'endpoint', v_endpoints ->> t.batch_id::text, 'limit_ids', (v_flows[t.flow]).limit_ids)), '[]')
+            from unnest(v_shares) t
         ),
         'is_limited', v_is_limited, 'busy', v_busy, 'isolated', v_isolated, 'next_at', nullif(v_next, 'infinity'),
         'reason', v_reason, 'waits_for', v_waits_for, 'config_at', v_resource.config_at);
@@ -850,7 +842,7 @@ comment on function urgency(timestamptz, timestamptz, timestamptz) is
 -- The first sixteen items of a flow count half, so that a small batch is done sooner beside a large one, and still
 -- nobody is starved by many small ones.
 create or replace function first_share(number bigint) returns double precision
-language sql immutable strict parallel safe
+language sql immutable parallel safe
 as $$ select case when number <= 16 then 0.5 else 1 end $$;
 comment on function first_share(bigint) is 'By how much the n-th item of a flow counts for its turn.';
 

@@ -113,7 +113,7 @@ comment on function webhooks_append(uuid, uuid, date, uuid, event_kind, bigint, 
     'Write the deliveries of a batch''s end to the webhooks of its environment.';
 
 create or replace function delivery_topic(p_kind event_kind) returns text
-language sql immutable strict
+language sql immutable
 as $$
     select case
         when p_kind in ('item-completed', 'item-failed', 'item-cancelled') then 'item_update'

@@ -8,8 +8,8 @@
 -- The bucket of a duration: each is a tenth longer than the one before, so a percentile read from them is at most a
 -- tenth too high. The last one, 219, begins at about thirteen days.
 create or replace function duration_bucket(ms double precision) returns int
-language sql immutable strict parallel safe
-as $$ select case when ms <= 1 then 0 else least(ceil(ln(ms) / ln(1.1)), 219)::int end $$;
+language sql immutable parallel safe
+as $$ select case when ms <= 1 then 0 when ms > 1 then least(ceil(ln(ms) / ln(1.1)), 219)::int end $$;
 comment on function duration_bucket(double precision) is 'The bucket of a duration: each is a tenth longer.';
 
 -- The upper bound of the bucket in which a percentile lies.
