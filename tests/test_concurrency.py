@@ -5,6 +5,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import date
 from typing import Any
 from uuid import UUID
 
@@ -811,3 +812,14 @@ async def test_a_claim_leaves_out_a_batch_whose_limits_are_being_changed(scene: 
         await change(steering)
         await steering.commit()
     assert len((await scene.claim()).items) == 1
+
+
+async def test_two_who_make_the_partitions_of_a_day_at_once_do_not_fail(scene: Scene) -> None:
+    """The second one has looked before the first one committed, and must not trust what it saw."""
+    day = date(2031, 5, 6)
+    async with two_sessions(scene) as (one, two):
+        assert await queue.ensure_partitions(one, day=day)
+        waiting = asyncio.create_task(queue.ensure_partitions(two, day=day))
+        assert await until_blocked(scene, two, waiting)
+        await one.commit()
+        assert not await within(waiting)

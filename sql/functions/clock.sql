@@ -38,9 +38,13 @@ begin
     loop
         child := parent || '_' || to_char(day, 'YYYYMMDD');
         if to_regclass(child) is null then
-            -- One maker at a time, and only when there is something to make.
+            -- One maker at a time, and only when there is something to make. Not asked by to_regclass: who waited here would
+            -- be told what it was told before.
             perform pg_advisory_xact_lock(hashtext('sluice.partitions'));
-            if to_regclass(child) is null then
+            if not exists (
+                select from pg_class c
+                where c.relname = child and c.relnamespace = 'public'::regnamespace
+            ) then
                 execute format(
                     'create table %I (like %I including all excluding comments)', child, parent);
                 execute format(
