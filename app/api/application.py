@@ -21,6 +21,7 @@ from app.api import (
     openai_batches,
     openai_files,
     openai_wire,
+    outlet,
     resources,
     usage,
     webhook_endpoints,
@@ -154,6 +155,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
+            http=outlet.Protocol,
             lifespan="on",
             ws="none",
             log_config=None,
