@@ -6,7 +6,7 @@ it was sent. First connect, resume and lost ring are the same code path: reading
 number on.
 
 A thousand listeners cost one reading. Those who stand at the same number share it and its encoded
-frames, also who comes to stand there before the next ring. The hub writes them to each one's
+frames, also who comes to stand there soon after (slim). The hub writes them to each one's
 connection in one go, a few followers at a time so that other requests come in between; no
 task wakes for it. Then the batch rests for as long as the writing kept the processor busy: many
 rings in a row become one, and half of the processor is left however many listen.
@@ -152,7 +152,7 @@ class _Followed:
     """A batch that is followed.
 
     ``turn`` counts its wakes. ``waiting``: who waits, and where. ``kept``: what was read since the
-    last wake, for who comes to the same place. ``busy_s``: processor time that writing took since
+    last look, for who comes to the same place. ``busy_s``: processor time that writing took since
     it last rested.
     """
 
@@ -189,11 +189,20 @@ class _Followed:
                 del self.waiting[follower.place]
 
     def keep(self, place: _Place, chunk: Chunk) -> None:
-        """Keep what was read at a place, and no more of it all than one chunk may have."""
-        if chunk.turn == self.turn:
+        """Keep what was read at a place; of all that, no more than one chunk may have.
+
+        Slim views only: they have no texts, which somebody may erase meanwhile.
+        """
+        if place[1].slim:
             self.kept[place] = chunk
             while sum(len(c.frames) for c in self.kept.values()) > _CHUNK_BYTES:
                 del self.kept[next(iter(self.kept))]
+
+    def known(self, place: _Place) -> Chunk | None:
+        """What a reading at a place would bring: the end of the history until the next ring, what is
+        before it until the next look."""
+        chunk = self.kept.get(place)
+        return chunk if chunk is not None and (chunk.more or chunk.turn == self.turn) else None
 
 
 class Hub:
@@ -227,7 +236,8 @@ class Hub:
         for batch_id in list(self._followed if ids is None else ids & self._followed.keys()):
             followed = self._followed[batch_id]
             followed.turn += 1
-            followed.kept.clear()
+            if ids is None:
+                followed.kept.clear()
             self._serve(followed)
 
     async def look(self) -> None:
@@ -368,7 +378,7 @@ class Hub:
                 return await self._read(followed, *place)
 
         try:
-            chunk = followed.kept.get(place)
+            chunk = followed.known(place)
             if chunk is None:
                 chunk = await self._db.persist(read, what="stream")
                 followed.keep(place, chunk)
