@@ -44,7 +44,7 @@ from app.api import (
     wire_capacity,
     wire_streams,
 )
-from app.api.auth import Caller, authenticate, batch_for, credential, tenant_caller
+from app.api.auth import Caller, authenticate, batch_for, credential, followed_batch, tenant_caller
 from app.api.auth import caller as caller_of
 from app.api.context import Context, Given
 from app.api.described import Answer
@@ -723,8 +723,7 @@ async def follow(
     last = request.headers.get("last-event-id") or None
     name = "after" if last is None else "Last-Event-ID"
     position = query.number(after if last is None else last, name, default=0, least=0, most=2**53)
-    async with context.db.connection() as conn:
-        batch = await batch_for(conn, caller, batch_id)
+    batch = await followed_batch(context, caller, batch_id)
     return _stream(context, request, batch, after=position, view=view)
 
 
@@ -746,8 +745,7 @@ def _stream(
 ) -> Response[bytes]:
     async def check() -> None:
         await request.route_handler.authorize_connection(request)  # pyright: ignore[reportUnknownMemberType] - Litestar's
-        async with context.db.connection() as conn:
-            await batch_for(conn, await caller_of(request), batch.batch_id)
+        await followed_batch(context, await caller_of(request), batch.batch_id)
 
     standing = Standing(who=credential(request), check=check)
     to = outlet.of(request.scope)
