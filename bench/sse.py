@@ -371,6 +371,7 @@ class _Run:
         again = [n for n in range(2, events + 1) if committed[n] > caught]
         (api0, *ears0), (api1, *ears1) = uses
         span = killed - begun
+        frames = len(times) * sum(1 for moment in committed[2:] if moment < killed)
         return {
             "listeners": len(times),
             "API processes": self.options.replicas,
@@ -387,8 +388,11 @@ class _Run:
             "API: CPU, % of a core before the kill": round(
                 100 * (api1.cpu_s - api0.cpu_s) / span, 1
             ),
+            "API: CPU per event and listener before the kill, µs": round(
+                1e6 * (api1.cpu_s - api0.cpu_s) / frames, 1
+            ),
             "API: peak memory of both lives, MB": [round(u.peak_mb) for u in (api1, last_use)],
-            "listeners: CPU of each process, %": [
+            "listeners: CPU of each process, % of a core": [
                 round(100 * (b.cpu_s - a.cpu_s) / span, 1)
                 for a, b in zip(ears0, ears1, strict=True)
             ],

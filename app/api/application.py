@@ -12,6 +12,7 @@ from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
 from app.api import (
+    auth,
     batches,
     connections,
     deliveries,
@@ -21,12 +22,12 @@ from app.api import (
     openai_batches,
     openai_files,
     openai_wire,
+    outlet,
     resources,
     usage,
     webhook_endpoints,
     workspaces,
 )
-from app.api.auth import require_declared
 from app.api.context import Context
 from app.api.documentation import documentation
 from app.api.streams import Hub
@@ -59,6 +60,8 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         hub=hub,
         validator=Validator(settings, db, ringer=ringer),
         issuer=_issuer(settings),
+        keys=auth.keys(db),
+        batches=auth.batches_by_id(db),
     )
 
     def given() -> Context:
@@ -117,7 +120,7 @@ def create_app(settings: Settings, db: Database, *, keyring: Keyring, listen_url
         logging_config=None,
         debug=False,
     )
-    require_declared(app)
+    auth.require_declared(app)
     return app
 
 
@@ -154,6 +157,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
+            http=outlet.Protocol,
             lifespan="on",
             ws="none",
             log_config=None,

@@ -37,8 +37,9 @@ from app import access, api_keys, batches, workspaces
 from app.access import Principal, Role
 from app.api.context import Context
 from app.api.errors import AnyRequest
+from app.api.together import Together
 from app.batches import Batch
-from app.db import CONNECTION_ERRORS, Connection
+from app.db import CONNECTION_ERRORS, Connection, Database
 from app.errors import ForbiddenError, NotFoundError, RequestError, UnauthenticatedError
 from app.workspaces import User
 
@@ -117,11 +118,10 @@ async def authenticate(
 async def _key(
     context: Context, connection: ASGIConnection[Any, Any, Any, Any], value: str
 ) -> tuple[Visitor, Principal]:
-    async with context.db.connection() as conn:
-        key = await api_keys.opened_by(conn, value=value)
-        if key is None:
-            raise UnauthenticatedError("This API key is unknown, disabled or expired.")
-        await _note_use(context, conn, key)
+    key = await context.keys.ask(value)
+    if key is None:
+        raise UnauthenticatedError("This API key is unknown, disabled or expired.")
+    await _note_use(context, key)
     for name, own in (("workspaceId", key.workspace_id), ("environmentId", key.environment_id)):
         asked = _path_id(connection, name)
         if asked is not None and asked != own:
@@ -130,6 +130,29 @@ async def _key(
                 code="NOT_AUTHORIZED",
             )
     return Visitor(key=key), key
+
+
+def keys(db: Database) -> Together[str, Principal | None]:
+    """Who calls with a key's value."""
+
+    async def opened_by(value: str) -> Principal | None:
+        async with db.connection() as conn:
+            return await api_keys.opened_by(conn, value=value)
+
+    return Together(opened_by)
+
+
+def batches_by_id(db: Database) -> Together[tuple[UUID, UUID, UUID], Batch | None]:
+    """A batch by its workspace, environment and id."""
+
+    async def get(ids: tuple[UUID, UUID, UUID]) -> Batch | None:
+        workspace_id, environment_id, batch_id = ids
+        async with db.connection() as conn:
+            return await batches.get(
+                conn, workspace_id=workspace_id, environment_id=environment_id, batch_id=batch_id
+            )
+
+    return Together(get)
 
 
 def credential(request: AnyRequest) -> tuple[str | None, str | None]:
@@ -247,28 +270,48 @@ async def batch_for(conn: Connection, key: Principal, batch_id: UUID) -> Batch:
         batch_id=batch_id,
     )
     if batch is None:
-        raise NotFoundError(
-            f"Completion Batch {batch_id} not found", code="COMPLETION_BATCH_NOT_FOUND"
-        )
+        raise _no_batch(batch_id)
     if "*" not in key.resources:
-        used = await batches.resource_ids_of(
-            conn,
-            workspace_id=key.workspace_id,
-            batch_ids=[batch_id],
-            reader_id=key.api_key_id,
-        )
-        require_resources(key, used.get(batch_id, ()))
+        await _require_visible(conn, key, batch_id)
     return batch
 
 
-async def _note_use(context: Context, conn: Connection, key: Principal) -> None:
+async def followed_batch(context: Context, key: Principal, batch_id: UUID) -> Batch:
+    """The same, for callers who come by the thousand for one batch."""
+    batch = await context.batches.ask((key.workspace_id, key.environment_id, batch_id))
+    if batch is None:
+        raise _no_batch(batch_id)
+    if "*" not in key.resources:
+        async with context.db.connection() as conn:
+            await _require_visible(conn, key, batch_id)
+    return batch
+
+
+def _no_batch(batch_id: UUID) -> NotFoundError:
+    return NotFoundError(
+        f"Completion Batch {batch_id} not found", code="COMPLETION_BATCH_NOT_FOUND"
+    )
+
+
+async def _require_visible(conn: Connection, key: Principal, batch_id: UUID) -> None:
+    used = await batches.resource_ids_of(
+        conn,
+        workspace_id=key.workspace_id,
+        batch_ids=[batch_id],
+        reader_id=key.api_key_id,
+    )
+    require_resources(key, used.get(batch_id, ()))
+
+
+async def _note_use(context: Context, key: Principal) -> None:
     assert key.api_key_id is not None
     now = asyncio.get_running_loop().time()
     if now - context.keys_noted.get(key.api_key_id, -_NOTED_S) < _NOTED_S:
         return
     context.keys_noted[key.api_key_id] = now
     try:
-        await api_keys.note_used(conn, workspace_id=key.workspace_id, api_key_id=key.api_key_id)
+        async with context.db.connection() as conn:
+            await api_keys.note_used(conn, workspace_id=key.workspace_id, api_key_id=key.api_key_id)
     except CONNECTION_ERRORS:
         del context.keys_noted[key.api_key_id]
         raise

@@ -15,7 +15,6 @@ from litestar.di import Provide
 from litestar.openapi.spec import Example, Operation, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat, OpenAPIType
 from litestar.params import QueryParameter
-from litestar.response import Stream
 
 from app import (
     api_keys,
@@ -34,6 +33,7 @@ from app.api import (
     described,
     erasure,
     ingest,
+    outlet,
     pages,
     query,
     results,
@@ -44,7 +44,7 @@ from app.api import (
     wire_capacity,
     wire_streams,
 )
-from app.api.auth import Caller, authenticate, batch_for, credential, tenant_caller
+from app.api.auth import Caller, authenticate, batch_for, credential, followed_batch, tenant_caller
 from app.api.auth import caller as caller_of
 from app.api.context import Context, Given
 from app.api.described import Answer
@@ -200,7 +200,7 @@ async def create(
     caller: Caller,
     slim: query.Switch = None,
     strict: query.Switch = None,
-) -> Response[bytes] | Stream:
+) -> Response[bytes]:
     view = _view(slim, strict)
     created = await ingest.create_batch(context, request, caller)
     base = context.settings.base_path.rstrip("/")
@@ -717,14 +717,13 @@ async def follow(
     ] = None,
     slim: query.Switch = None,
     strict: query.Switch = None,
-) -> Stream:
+) -> Response[bytes]:
     view = _view(slim, strict)
     # A browser reconnects with the address it began with, so the header is the newer one.
     last = request.headers.get("last-event-id") or None
     name = "after" if last is None else "Last-Event-ID"
     position = query.number(after if last is None else last, name, default=0, least=0, most=2**53)
-    async with context.db.connection() as conn:
-        batch = await batch_for(conn, caller, batch_id)
+    batch = await followed_batch(context, caller, batch_id)
     return _stream(context, request, batch, after=position, view=view)
 
 
@@ -743,17 +742,16 @@ def _stream(
     after: int,
     view: View,
     headers: dict[str, str] | None = None,
-) -> Stream:
+) -> Response[bytes]:
     async def check() -> None:
         await request.route_handler.authorize_connection(request)  # pyright: ignore[reportUnknownMemberType] - Litestar's
-        async with context.db.connection() as conn:
-            await batch_for(conn, await caller_of(request), batch.batch_id)
+        await followed_batch(context, await caller_of(request), batch.batch_id)
 
     standing = Standing(who=credential(request), check=check)
-    return Stream(
-        context.hub.follow(batch, after=after, view=view, standing=standing),
+    to = outlet.of(request.scope)
+    return outlet.Streamed(
+        lambda: context.hub.follow(batch, to, after=after, view=view, standing=standing),
         media_type="text/event-stream",
-        status_code=200,
         headers=_SSE_HEADERS | (headers or {}),
     )
 

@@ -9,7 +9,10 @@ from uuid import UUID
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
+from app.access import Principal
 from app.api.streams import Hub
+from app.api.together import Together
+from app.batches import Batch
 from app.db import Database
 from app.doorbell import Ringer
 from app.forecast import Clockwork
@@ -24,7 +27,8 @@ class Context:
     """The process's settings, pool, keys, doorbell, streams and validator of files.
 
     ``listen_url`` reaches Postgres itself. ``keys_noted``: when the last use of an api key was
-    written, by this loop's clock. ``issuer``: who vouches for users, if there is one.
+    written, by this loop's clock. ``issuer``: who vouches for users, if there is one. ``keys``: who
+    calls with a key's value. ``batches``: a batch by its workspace, environment and id.
     """
 
     settings: Settings
@@ -35,6 +39,8 @@ class Context:
     hub: Hub
     validator: Validator
     issuer: Issuer | None
+    keys: Together[str, Principal | None]
+    batches: Together[tuple[UUID, UUID, UUID], Batch | None]
     keys_noted: dict[UUID, float] = field(default_factory=dict[UUID, float])
     chores: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
 

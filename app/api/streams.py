@@ -1,28 +1,32 @@
 """Server-sent events: a batch's history as it is written, resumable from any number.
 
 One hub per process. A ring of the doorbell, or a look every second and a half in case a ring was
-lost, wakes a batch; whoever waits for news of it is then handed the events after the last one that
+lost, wakes a batch; whoever waits for news of it is then written the events after the last one that
 it was sent. First connect, resume and lost ring are the same code path: reading the table from a
 number on.
 
 A thousand listeners cost one reading. Those who stand at the same number share it and its encoded
-frames; each is woken once and written to once. After a wake the batch rests for as
-long as serving it kept the processor busy: many rings in a row become one wake, and half of the
-processor is left for other requests however many listen.
+frames, also who comes to stand there soon after (slim). The hub writes them to each one's
+connection in one go, a few followers at a time so that other requests come in between; no
+task wakes for it. Then the batch rests for as long as the writing kept the processor busy: many
+rings in a row become one, and half of the processor is left however many listen.
 
-Reading is pulled: a follower asks for more only when what it got was taken by its connection, so a
-slow reader holds one chunk of frames and simply reads later. There is no queue that could grow.
+A follower whose connection takes no more is not written to until its own task has seen it drain. It
+holds one chunk of frames meanwhile and simply reads later: there is no queue that could grow.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from itertools import islice
 from typing import Final
 from uuid import UUID
 
 from app import batches, events, items
 from app.api import pages, wire, wire_batches, wire_streams
+from app.api.outlet import Outlet
 from app.batches import Batch, Status
 from app.db import CONNECTION_ERRORS, Connection, Database
 from app.errors import DatabaseUnavailableError, NotFoundError, RequestError
@@ -63,6 +67,7 @@ _CHUNK_BYTES: Final = 256 * 1024
 _MOST_EVENTS: Final = 500  # per chunk
 _MOST_ROWS: Final = 50  # of events per reading; each may tell of hundreds of items
 _MOST_READINGS: Final = 4  # at once, so that streams never take the whole pool
+_AT_A_TIME: Final = 100  # followers written to before others have a turn: about a millisecond
 _FIRST_BYTES: Final = {
     False: 32 * 1024.0,
     True: 512.0,
@@ -110,49 +115,98 @@ class GoneError(Exception):
     """The batch no longer exists: its retention is over."""
 
 
-#: What ends a wait: frames, a failure, or (None) nothing but to look around and show a sign of life.
-News = Chunk | BaseException | None
 _Place = tuple[int, View]
 
 
 class _Follower:
-    """One stream. ``waits``: its future, while it waits for news; ``since``: from when on."""
+    """One stream.
 
-    __slots__ = ("refused", "since", "waits")
+    ``place``: where it stands. ``roused``: what its task waits for while the hub writes. ``words``:
+    what it is told last, once that is known. ``since``: when it was last written to.
+    """
 
-    def __init__(self) -> None:
-        self.waits: asyncio.Future[News] | None = None
+    __slots__ = ("outlet", "place", "progress_due", "roused", "since", "words")
+
+    def __init__(self, outlet: Outlet, place: _Place) -> None:
+        self.outlet = outlet
+        self.place = place
+        self.roused: asyncio.Future[None] | None = None
+        self.words: bytes | None = None
         self.since = 0.0
-        self.refused: RequestError | None = None
+        self.progress_due = 0.0
 
-    def wake(self, news: News) -> None:
-        """End its wait."""
-        if self.waits is not None and not self.waits.done():
-            self.waits.set_result(news)
+    def rouse(self) -> None:
+        """Let its task go on: the outlet is full, or there are last words."""
+        if self.roused is not None and not self.roused.done():
+            self.roused.set_result(None)
+
+    def end(self, words: bytes) -> None:
+        """Tell it this and nothing more."""
+        if self.words is None:
+            self.words = words
+            self.rouse()
 
 
 @dataclass(slots=True, kw_only=True)
 class _Followed:
-    """A batch that is followed. ``turn`` counts its wakes; ``waiting``: who waits, and where."""
+    """A batch that is followed.
+
+    ``turn`` counts its wakes. ``waiting``: who waits, and where. ``kept``: what was read since the
+    last look, for who comes to the same place. ``busy_s``: processor time that writing took since
+    it last rested.
+    """
 
     workspace_id: UUID
     environment_id: UUID
     batch_id: UUID
+    batch_day: date
     followers: set[_Follower] = field(default_factory=set[_Follower])
     standings: dict[Hashable, tuple[Standing, set[_Follower]]] = field(
         default_factory=dict[Hashable, tuple[Standing, set[_Follower]]]
     )
     waiting: dict[_Place, set[_Follower]] = field(default_factory=dict[_Place, set[_Follower]])
-    reading: dict[_Place, asyncio.Task[Chunk]] = field(
-        default_factory=dict[_Place, asyncio.Task[Chunk]]
+    reading: dict[_Place, asyncio.Task[None]] = field(
+        default_factory=dict[_Place, asyncio.Task[None]]
     )
+    kept: dict[_Place, Chunk] = field(default_factory=dict[_Place, Chunk])
     turn: int = 0
     serving: asyncio.Task[None] | None = None
+    busy_s: float = 0.0
     frame_bytes: dict[bool, float] = field(default_factory=_FIRST_BYTES.copy)
+
+    def stand(self, follower: _Follower, place: _Place) -> None:
+        """Let a follower wait at a place, and at no other."""
+        self.step_off(follower)
+        follower.place = place
+        self.waiting.setdefault(place, set()).add(follower)
+
+    def step_off(self, follower: _Follower) -> None:
+        """Let a follower wait nowhere."""
+        there = self.waiting.get(follower.place)
+        if there is not None:
+            there.discard(follower)
+            if not there:
+                del self.waiting[follower.place]
+
+    def keep(self, place: _Place, chunk: Chunk) -> None:
+        """Keep what was read at a place; of all that, no more than one chunk may have.
+
+        Slim views only: they have no texts, which somebody may erase meanwhile.
+        """
+        if place[1].slim:
+            self.kept[place] = chunk
+            while sum(len(c.frames) for c in self.kept.values()) > _CHUNK_BYTES:
+                del self.kept[next(iter(self.kept))]
+
+    def known(self, place: _Place) -> Chunk | None:
+        """What a reading at a place would bring: the end of the history until the next ring, what is
+        before it until the next look."""
+        chunk = self.kept.get(place)
+        return chunk if chunk is not None and (chunk.more or chunk.turn == self.turn) else None
 
 
 class Hub:
-    """Wakes followers and reads for them."""
+    """Wakes followers, reads for them and writes to them."""
 
     def __init__(
         self,
@@ -182,6 +236,8 @@ class Hub:
         for batch_id in list(self._followed if ids is None else ids & self._followed.keys()):
             followed = self._followed[batch_id]
             followed.turn += 1
+            if ids is None:
+                followed.kept.clear()
             self._serve(followed)
 
     async def look(self) -> None:
@@ -195,11 +251,16 @@ class Hub:
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(self._keepalive_s / 4)
-            silent_since = clock() - self._keepalive_s * 3 / 4
             for followed in list(self._followed.values()):
-                for follower in followed.followers:
-                    if follower.since <= silent_since:
-                        follower.wake(None)
+                for n, follower in enumerate(list(followed.followers)):
+                    if n % _AT_A_TIME == _AT_A_TIME - 1:
+                        await asyncio.sleep(0)
+                    now = clock()
+                    is_silent = now - follower.since >= self._keepalive_s * 3 / 4
+                    # Only between frames that the connection has taken, and never after last words.
+                    if is_silent and follower.words is None and not follower.outlet.is_full:
+                        follower.outlet.write(PING)
+                        follower.since = now
 
     async def recheck(self) -> None:
         """End the streams of those who may no longer follow, for ever."""
@@ -213,8 +274,7 @@ class Hub:
                         continue  # the next reading says so
                     except RequestError as error:
                         for follower in members:
-                            follower.refused = error
-                            follower.wake(None)
+                            follower.end(error_frame(str(error), error.code) + ERROR)
                     except (*CONNECTION_ERRORS, DatabaseUnavailableError):
                         continue  # nobody is let in meanwhile either; asked again next time
 
@@ -226,43 +286,37 @@ class Hub:
                 if task is not None:
                     task.cancel()
             for follower in followed.followers:
-                follower.wake(None)
+                follower.end(b"")
 
     # Following ------------------------------------------------------------------------------------
 
     async def follow(
-        self, batch: Batch, *, after: int, view: View, standing: Standing | None = None
-    ) -> AsyncGenerator[bytes]:
-        """The frames of a batch's events after a number, until its last one and ``[DONE]``.
+        self,
+        batch: Batch,
+        outlet: Outlet,
+        *,
+        after: int,
+        view: View,
+        standing: Standing | None = None,
+    ) -> bytes:
+        """Write the frames of a batch's events after a number, and return what is to be said last.
 
-        While the database is away it keeps pinging and goes on afterwards.
+        That is ``[DONE]`` after the batch's last event, or why the stream cannot go on. While the
+        database is away it keeps pinging and goes on afterwards.
         """
-        follower = _Follower()
+        follower = _Follower(outlet, (after, view))
         followed = self._join(batch, follower, standing)
-        seen: int | None = None
-        progress_due = 0.0
+        loop = asyncio.get_running_loop()
+        follower.since = loop.time()
         try:
-            while not self._closing:
-                chunk = await self._next(followed, follower, (after, view), seen)
-                if isinstance(chunk, BaseException):
-                    yield _last_words(batch.batch_id, chunk)
-                    return
-                if follower.refused is not None:
-                    yield error_frame(str(follower.refused), follower.refused.code) + ERROR
-                    return
-                if chunk is None:
-                    if not self._closing:
-                        yield PING
-                    continue
-                if chunk.progress and follower.since >= progress_due:
-                    progress_due = follower.since + _PROGRESS_S
-                    yield chunk.frames + chunk.progress
-                elif chunk.frames:
-                    yield chunk.frames
-                if chunk.ended:
-                    yield DONE
-                    return
-                after, seen = chunk.after, None if chunk.more else chunk.turn
+            while follower.words is None and not self._closing:
+                follower.roused = loop.create_future()
+                followed.stand(follower, follower.place)
+                self._read_for(followed, follower.place)
+                await follower.roused
+                followed.step_off(follower)
+                await outlet.drain()
+            return follower.words or b""
         finally:
             self._leave(followed, follower)
 
@@ -273,6 +327,7 @@ class Hub:
                 workspace_id=batch.workspace_id,
                 environment_id=batch.environment_id,
                 batch_id=batch.batch_id,
+                batch_day=batch.batch_day,
             )
         followed.followers.add(follower)
         if standing is not None:
@@ -280,6 +335,7 @@ class Hub:
         return followed
 
     def _leave(self, followed: _Followed, follower: _Follower) -> None:
+        followed.step_off(follower)
         followed.followers.discard(follower)
         for who, (_, members) in list(followed.standings.items()):
             members.discard(follower)
@@ -290,30 +346,6 @@ class Hub:
             for task in (*followed.reading.values(), followed.serving):
                 if task is not None:
                     task.cancel()
-
-    async def _next(
-        self, followed: _Followed, follower: _Follower, place: _Place, seen: int | None
-    ) -> News:
-        """What comes after a place.
-
-        ``seen``: the turn at which all there was had been read; None: some was left, or all of it.
-        """
-        loop = asyncio.get_running_loop()
-        waits = follower.waits = loop.create_future()
-        follower.since = loop.time()
-        there = followed.waiting.setdefault(place, set())
-        there.add(follower)
-        if seen is None:
-            self._read_for(followed, place)
-        elif seen != followed.turn:
-            self._serve(followed)  # a ring fell between that reading and now
-        try:
-            return await waits
-        finally:
-            follower.waits = None
-            there.discard(follower)
-            if not there and followed.waiting.get(place) is there:
-                del followed.waiting[place]
 
     # Serving --------------------------------------------------------------------------------------
 
@@ -326,70 +358,99 @@ class Hub:
         served = -1
         while served != followed.turn:
             served = followed.turn
-            begun = time.thread_time()
             tasks = [self._read_for(followed, place) for place in list(followed.waiting)]
             if tasks:
                 await asyncio.wait(tasks)
-            # Who was woken is written to before the loop comes back here.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            await asyncio.sleep(time.thread_time() - begun)
+            rest_s, followed.busy_s = followed.busy_s, 0.0
+            await asyncio.sleep(rest_s)
 
-    def _read_for(self, followed: _Followed, place: _Place) -> asyncio.Task[Chunk]:
-        """The reading at a place, shared by all who stand there; wakes them with what it brings."""
+    def _read_for(self, followed: _Followed, place: _Place) -> asyncio.Task[None]:
+        """Read at a place and write to all who stand there; under way at most once at a time."""
         task = followed.reading.get(place)
-        if task is not None:
-            return task
+        if task is None:
+            task = asyncio.create_task(self._tell(followed, place))
+            followed.reading[place] = task
+        return task
 
+    async def _tell(self, followed: _Followed, place: _Place) -> None:
         async def read() -> Chunk:
             async with self._readings:
                 return await self._read(followed, *place)
 
-        task = asyncio.create_task(self._db.persist(read, what="stream"))
-        followed.reading[place] = task
-
-        def deliver(finished: asyncio.Task[Chunk]) -> None:
-            followed.reading.pop(place, None)
-            if finished.cancelled():
-                return
-            error = finished.exception()
-            if error is None:
-                chunk = finished.result()
-                if not chunk.frames and chunk.after == place[0] and not chunk.ended:
-                    # No news. Whoever came while it was being read is told at the next turn.
-                    if chunk.turn != followed.turn:
-                        self._serve(followed)
-                    return
+        try:
+            chunk = followed.known(place)
+            if chunk is None:
+                chunk = await self._db.persist(read, what="stream")
+                followed.keep(place, chunk)
+            await self._hand_on(followed, place, chunk)
+        except Exception as error:  # noqa: BLE001 - it must not leave them waiting
+            words = _last_words(followed.batch_id, error)
             for follower in followed.waiting.get(place, ()):
-                follower.wake(finished.result() if error is None else error)
+                follower.end(words)
+            return
+        finally:
+            # At once after the last look at who stands there: who comes later needs another reading.
+            del followed.reading[place]
+        beyond = (chunk.after, place[1])
+        if chunk.more and beyond in followed.waiting:
+            self._read_for(followed, beyond)
+        elif chunk.turn != followed.turn:
+            self._serve(followed)  # a ring fell between that reading and now
 
-        task.add_done_callback(deliver)
-        return task
+    async def _hand_on(self, followed: _Followed, place: _Place, chunk: Chunk) -> None:
+        """Write a chunk to all who stand at a place, also to who comes meanwhile; they stand beyond
+        it then. No news leave them where they are."""
+        beyond = (chunk.after, place[1])
+        if beyond == place and not chunk.ended:
+            return
+        now = asyncio.get_running_loop().time()
+        with_progress = chunk.frames + chunk.progress
+        while there := followed.waiting.get(place):
+            begun = time.thread_time()
+            for follower in list(islice(there, _AT_A_TIME)):
+                if follower.words is not None:
+                    followed.step_off(follower)
+                    continue
+                if chunk.progress and now >= follower.progress_due:
+                    follower.progress_due = now + _PROGRESS_S
+                    follower.outlet.write(with_progress)
+                elif chunk.frames:
+                    follower.outlet.write(chunk.frames)
+                follower.since = now
+                if chunk.ended:
+                    followed.step_off(follower)
+                    follower.end(DONE)
+                    continue
+                followed.stand(follower, beyond)
+                if follower.outlet.is_full:
+                    followed.step_off(follower)
+                    follower.rouse()
+            followed.busy_s += time.thread_time() - begun
+            await asyncio.sleep(0)
 
     async def _read(self, followed: _Followed, after: int, view: View) -> Chunk:
         turn = followed.turn  # taken before reading, so that no ring falls between
         async with self._db.connection() as conn:
-            batch = await _fresh(conn, followed)
-            news = await _after(conn, batch, after)
+            news = await _after(conn, followed, after)
+            batch = await _fresh(conn, followed)  # no older than the events that show it
+            if not news and batch.is_finished:
+                news = await _after(conn, followed, after)  # its end may have come in between
             most = int(_CHUNK_BYTES / followed.frame_bytes[view.slim])
             some = news[: min(max(most, 1), _MOST_EVENTS)]
             # A row has at least one event: fewer events than rows asked for were all there are.
             more = len(some) < len(news) or len(news) >= _MOST_ROWS or batch.is_finished
             told = [e for e in some if not view.strict or e.kind in DOCUMENTED]
-            shown = batch
-            if told:
-                shown = await _fresh(conn, followed)  # no older than the events that show it
-            frames = await _frames(conn, shown, told, view)
+            frames = await _frames(conn, batch, told, view)
         of_items = [len(f) for f, e in zip(frames, told, strict=True) if e.seq is not None]
         if of_items:
             # Never far below the largest that was seen lately.
             followed.frame_bytes[view.slim] = max(
                 *of_items, followed.frame_bytes[view.slim] / 2, 256
             )
-        shows_progress = of_items and not more and not view.strict and not shown.is_finished
+        shows_progress = of_items and not more and not view.strict and not batch.is_finished
         return Chunk(
             frames=b"".join(frames),
-            progress=_progress(shown, view) if shows_progress else b"",
+            progress=_progress(batch, view) if shows_progress else b"",
             after=some[-1].no if some else after,
             more=more,
             # Nothing new was there when the batch had already ended: nothing will come.
@@ -422,12 +483,12 @@ async def _fresh(conn: Connection, followed: _Followed) -> Batch:
     return batch
 
 
-async def _after(conn: Connection, batch: Batch, number: int) -> list[Event]:
+async def _after(conn: Connection, followed: _Followed, number: int) -> list[Event]:
     return await events.after(
         conn,
-        workspace_id=batch.workspace_id,
-        batch_day=batch.batch_day,
-        batch_id=batch.batch_id,
+        workspace_id=followed.workspace_id,
+        batch_day=followed.batch_day,
+        batch_id=followed.batch_id,
         number=number,
         most_rows=_MOST_ROWS,
     )

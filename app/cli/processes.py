@@ -1,7 +1,8 @@
-"""What the long-running commands share: the event loop, and what SIGTERM and Ctrl-C do."""
+"""What the long-running commands share: the event loop, garbage, and what SIGTERM and Ctrl-C do."""
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
@@ -21,6 +22,18 @@ def run_async(main: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine to its end, on uvloop where there is one."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)
+
+
+def spare_what_stays() -> None:
+    """Let garbage collection pass over what is there by now, once a service has started.
+
+    It stays until the end, and looking through all of it stops the event loop: for 70 to 180 ms of
+    processor time in an API with a thousand streams. Young objects are looked through less often too:
+    Python's default of 700 is less than a thousand streams make in one turn of the loop.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @contextlib.contextmanager

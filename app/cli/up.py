@@ -9,7 +9,7 @@ import click
 
 from app import settings
 from app.api.application import serve as serve_api
-from app.cli.processes import log_for_service, on_signals, run_async
+from app.cli.processes import log_for_service, on_signals, run_async, spare_what_stays
 from app.cli.store import Access, Store, bootstrap, open_store
 from app.maintenance import Maintenance
 from app.sender import Sender
@@ -68,6 +68,10 @@ async def _up(store: Store, greet: _Greet) -> None:
             stop.set()
             worker.stop.set()
 
+        def ready(url: str) -> None:
+            spare_what_stays()
+            greet(url, access)
+
         with on_signals(finish, worker.force.set):
             serving = asyncio.create_task(
                 serve_api(
@@ -76,7 +80,7 @@ async def _up(store: Store, greet: _Greet) -> None:
                     keyring=store.keyring,
                     listen_url=store.direct_url,
                     stop=stop,
-                    ready=lambda url: greet(url, access),
+                    ready=ready,
                 )
             )
             working = asyncio.create_task(worker.run())
@@ -102,6 +106,11 @@ async def _serve(store: Store) -> None:
     async with store.database("sluice-serve") as db:
         access = await bootstrap(db, store)
         stop = asyncio.Event()
+
+        def ready(url: str) -> None:
+            spare_what_stays()
+            _greeting(url, access)
+
         with on_signals(lambda _: stop.set(), stop.set):
             await serve_api(
                 store.settings,
@@ -109,7 +118,7 @@ async def _serve(store: Store) -> None:
                 keyring=store.keyring,
                 listen_url=store.direct_url,
                 stop=stop,
-                ready=lambda url: _greeting(url, access),
+                ready=ready,
             )
 
 

@@ -21,7 +21,7 @@ from app import api_keys, connections, queue, resources, tenants
 from app.api import application
 from app.api.context import Context
 from app.api.streams import Hub
-from app.db import Database
+from app.db import Connection, Database, Query
 from app.doorbell import EVENTS
 from app.ids import uuid7
 from app.queue import Item, Outcome, Settlement
@@ -263,6 +263,20 @@ class Reader:
             told.append(event)
         assert await self.block() is None
         return told
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the statements that were executed, as they are; the test may clear it."""
+    executed: list[str] = []
+    every = Query[Any].all
+
+    async def noted(self: Query[Any], conn: Connection, **params: object) -> list[Any]:
+        executed.append(self.name)
+        return await every(self, conn, **params)
+
+    monkeypatch.setattr(Query, "all", noted)
+    return executed
 
 
 @pytest.fixture

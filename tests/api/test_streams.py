@@ -181,6 +181,65 @@ async def test_followers_at_one_number_share_one_reading(
     assert await asyncio.gather(*followers) == [5] * 5
 
 
+async def test_an_event_is_read_and_encoded_once_however_many_listen(
+    service: Service, monkeypatch: pytest.MonkeyPatch, statements: list[str]
+) -> None:
+    batch = await service.create(*(["a"] * 5))
+    encoded: list[int] = []
+    frame = streams.frame
+
+    def counted(event: Event, payload: bytes) -> bytes:
+        encoded.append(event.no)
+        return frame(event, payload)
+
+    monkeypatch.setattr(streams, "frame", counted)
+
+    async def follow() -> list[int]:
+        async with service.follow(batch, after="1", slim="true") as stream:
+            return [n for n, _, _ in await stream.rest()]
+
+    followers = [asyncio.create_task(follow()) for _ in range(90)]
+    await until(lambda: service.hub.followers == 90)
+    followed = service.hub._followed[streams.UUID(batch["batchId"])]  # pyright: ignore[reportPrivateUsage] - counted below
+    await until(lambda: not followed.reading)
+    statements.clear()
+    turns = followed.turn
+    while items := await service.claim(1):
+        await service.settle(items)
+    numbers = list(range(2, 14))
+    assert await asyncio.gather(*followers) == [numbers] * 90
+    assert encoded == numbers
+    # One reading of each ring or look, and two of the end; each asks for events, batch and items.
+    turns = followed.turn - turns
+    assert statements.count("items_brief") <= turns
+    assert statements.count("batch_get") <= turns + 2
+    assert statements.count("events_after") <= turns + 3
+
+
+@pytest.mark.parametrize("slim", [True, False])
+async def test_who_comes_soon_after_is_told_what_was_read_for_others(
+    service: Service, statements: list[str], *, slim: bool
+) -> None:
+    """Until the next ring or look, and slim only: what may hold texts is read anew for everybody."""
+    batch = await service.create("a")
+    wanted = "true" if slim else "false"
+    async with service.follow(batch, slim=wanted) as first:
+        await first.event()
+        followed = service.hub._followed[streams.UUID(batch["batchId"])]  # pyright: ignore[reportPrivateUsage] - counted below
+        await until(lambda: not followed.reading)
+        statements.clear()
+        turns = followed.turn
+        for _ in range(20):
+            async with service.follow(batch, slim=wanted) as another:
+                event = await another.event()
+            assert event is not None
+            assert event[0] == 1
+        readings = statements.count("events_after")
+        turns = followed.turn - turns
+    assert readings >= 20 if not slim else readings <= 3 * turns
+    await service.work()
+
+
 async def test_a_client_that_leaves_is_noticed_at_once(service: Service) -> None:
     batch = await service.create()
     async with service.follow(batch) as stream:
