@@ -12,7 +12,7 @@ batch, its flows and its first event; whatever is wrong with any item, nothing i
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any
@@ -226,11 +226,34 @@ class _Scale:
             crossroads={} if crossroads is None else crossroads,
         )
 
-    def weigh(self, item: NewItem, seq: int) -> "_Weighed":
-        """An item's estimate and way. Raises ValueError with a sentence about what is wrong."""
-        body = parse_body(item.body, most_bytes=self.most_item_bytes)
+    def weigh(self, items: Sequence[NewItem], first_seq: int) -> "Iterator[_Weighed | ValueError]":
+        """Each item's estimate and way, or a sentence about what is wrong with it."""
+        tally = tokens.Tally()
+        bodies = [self._counted(item, tally) for item in items]
+        estimates = iter(tally.estimates())
+        for seq, (item, body) in enumerate(zip(items, bodies, strict=True), start=first_seq):
+            if isinstance(body, ValueError):
+                yield body
+                continue
+            try:
+                yield self._placed(item, seq, body, next(estimates))
+            except ValueError as error:
+                yield error
+
+    def _counted(self, item: NewItem, tally: tokens.Tally) -> dict[str, object] | ValueError:
+        """An item's request, which is in the tally now."""
+        try:
+            body = parse_body(item.body, most_bytes=self.most_item_bytes)
+        except ValueError as error:
+            return error
+        tally.add(self.endpoint, body, model=self.resources[item.resource_id].model)
+        return body
+
+    def _placed(
+        self, item: NewItem, seq: int, body: dict[str, object], estimate: tokens.Estimate
+    ) -> "_Weighed":
+        """An item on its way. Raises ValueError with a sentence about what is wrong."""
         resource = self.resources[item.resource_id]
-        estimate = tokens.estimate(self.endpoint, body, model=resource.model)
         fork = self.crossroads.get(item.resource_id)
         if fork is not None:
             resource = fork.choose(
@@ -290,16 +313,15 @@ class Appraiser:
 
     def _add(self, items: Sequence[NewItem]) -> None:
         found = self.found
-        for item in items:
+        weighing = self._scale.weigh(items, found.items)
+        for item, weighed in zip(items, weighing, strict=True):
             index = found.items
             found.items += 1
-            try:
-                weighed = self._scale.weigh(item, index)
-            except ValueError as error:
+            if isinstance(weighed, ValueError):
                 found.impossible_items += 1
                 if len(found.impossible) < ValidationError.MOST:
                     found.impossible.append(
-                        Impossible(index=index, reason=str(error), place=item.place)
+                        Impossible(index=index, reason=str(weighed), place=item.place)
                     )
                 continue
             estimate = weighed.estimate
@@ -492,12 +514,11 @@ class Ingest:
         problems: list[Problem] = []
         flows: dict[UUID, _Share] = {}
         input_tokens = 0
-        for seq, item in enumerate(items, start=first_seq):
-            try:
-                weighed = self._scale.weigh(item, seq)
-            except ValueError as error:
+        weighing = self._scale.weigh(items, first_seq)
+        for seq, (item, weighed) in enumerate(zip(items, weighing, strict=True), start=first_seq):
+            if isinstance(weighed, ValueError):
                 place = item.place or f"items[{seq}].request"
-                problems.append(Problem(path=place, message=str(error)))
+                problems.append(Problem(path=place, message=str(weighed)))
                 continue
             estimate, resource_id = weighed.estimate, weighed.resource_id
             share = flows.setdefault(resource_id, _Share())
