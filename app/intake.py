@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -73,8 +73,7 @@ def vmx_of(body: str) -> Vmx | None:
             return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewItem:
+class NewItem(msgspec.Struct, frozen=True, kw_only=True):  # made ten times as fast as a dataclass
     """An item to create: a JSON object to the letter, for a resource.
 
     ``place``: where its creator finds it, for messages; None: by its number in ``items``.
@@ -264,19 +263,24 @@ class _Scale:
                 seq=seq,
             )
         require_translatable(resource, self.endpoint, body)
-        bounds = ((resource.most_tokens, f"resource '{resource.name}'"), *self.own_bounds)
-        exceeded = next((b for b in bounds if b[0] and estimate.input_tokens > b[0]), None)
-        if exceeded is not None:
-            raise ValueError(
-                f"its prompt of about {estimate.input_tokens:,} tokens alone is "
-                f"larger than the limit of {exceeded[0]:,} tokens of {exceeded[1]}; "
-                "shorten it or raise the limit"
-            )
-        return _Weighed(estimate=estimate, resource_id=resource.resource_id)
+        most = resource.most_tokens
+        if most and estimate.input_tokens > most:
+            raise _too_long(estimate, most, f"resource '{resource.name}'")
+        for most, of in self.own_bounds:
+            if most and estimate.input_tokens > most:
+                raise _too_long(estimate, most, of)
+        return _Weighed(estimate, resource.resource_id)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weighed:
+def _too_long(estimate: tokens.Estimate, most: int, of: str) -> ValueError:
+    return ValueError(
+        f"its prompt of about {estimate.input_tokens:,} tokens alone is "
+        f"larger than the limit of {most:,} tokens of {of}; "
+        "shorten it or raise the limit"
+    )
+
+
+class _Weighed(NamedTuple):
     estimate: tokens.Estimate
     resource_id: UUID
 
@@ -343,6 +347,9 @@ class Ingest:
     ``quota``: what the workspace may have in the queue, where it has none of its own; None: anything.
     """
 
+    #: Items that are weighed in one go: some ten milliseconds.
+    PART: int = 500
+
     def __init__(
         self,
         conn: Connection,
@@ -374,7 +381,7 @@ class Ingest:
         self.problems: list[Problem] = []
 
     async def add(self, items: Sequence[NewItem]) -> None:
-        """Write items; a few thousand at a time is best."""
+        """Write items; a few thousand at a time is best: some are weighed while others are copied."""
         if self.count + len(items) > self._most_items:
             raise ValidationError(
                 [
@@ -385,11 +392,26 @@ class Ingest:
                     )
                 ]
             )
-        prepared = await asyncio.to_thread(self._prepare, items, self.count)
-        self.count += len(items)
-        self.problems += prepared.problems[: ValidationError.MOST + 1 - len(self.problems)]
-        if self.problems:
-            return
+        copying: asyncio.Task[None] | None = None
+        try:
+            for start in range(0, len(items), self.PART):
+                part = items[start : start + self.PART]
+                prepared = await asyncio.to_thread(self._prepare, part, self.count)
+                self.count += len(part)
+                self.problems += prepared.problems[: ValidationError.MOST + 1 - len(self.problems)]
+                if copying is not None:
+                    await copying
+                    copying = None
+                if not self.problems:
+                    copying = asyncio.create_task(self._copy(prepared))
+            if copying is not None:
+                await copying
+        finally:
+            if copying is not None and not copying.done():
+                copying.cancel()
+                await asyncio.wait({copying})
+
+    async def _copy(self, prepared: "_Prepared") -> None:
         self._estimated += prepared.input_tokens
         for resource_id, load in prepared.flows.items():
             self._flows[resource_id] = self._flows.get(resource_id, 0) + load.items
@@ -509,6 +531,7 @@ class Ingest:
         """Estimate and format; runs in a worker thread."""
         batch = self._batch
         key = f"{batch.workspace_id}\t{batch.batch_day}\t{batch.batch_id}\t"
+        request_key = key.encode()
         rows: list[str] = []
         requests: list[bytes] = []
         problems: list[Problem] = []
@@ -520,8 +543,10 @@ class Ingest:
                 place = item.place or f"items[{seq}].request"
                 problems.append(Problem(path=place, message=str(weighed)))
                 continue
-            estimate, resource_id = weighed.estimate, weighed.resource_id
-            share = flows.setdefault(resource_id, _Share())
+            estimate, resource_id = weighed
+            share = flows.get(resource_id)
+            if share is None:
+                share = flows[resource_id] = _Share(row=f"{key}{resource_id}\t")
             share.items += 1
             share.bytes += len(item.body)
             input_tokens += estimate.input_tokens
@@ -529,7 +554,7 @@ class Ingest:
             most_output = _NULL if bound is None else min(bound, 2**31 - 1)
             timeout_ms = (item.vmx.timeout_ms if item.vmx else None) or batch.timeout_ms
             rows.append(
-                f"{key}{resource_id}\t{seq}\t{estimate.input_tokens}\t"
+                f"{share.row}{seq}\t{estimate.input_tokens}\t"
                 f"{most_output}\t"
                 f"{item.max_attempts or batch.max_attempts}\t"
                 f"{_NULL if timeout_ms is None else timeout_ms}\n"
@@ -537,7 +562,7 @@ class Ingest:
             custom_id = _or_null(None if item.custom_id is None else item.custom_id.encode())
             vmx = _or_null(None if item.vmx is None else _vmx_facts(item.vmx))
             requests.append(
-                b"%s%d\t%s\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body), vmx)
+                b"%s%d\t%s\t%s\t%s\n" % (request_key, seq, custom_id, _escaped(item.body), vmx)
             )
         return _Prepared(
             items="".join(rows).encode(),
@@ -548,8 +573,11 @@ class Ingest:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Share:
+    """What some items add to a flow; ``row``: how their rows begin."""
+
+    row: str
     items: int = 0
     bytes: int = 0
 
@@ -575,6 +603,7 @@ _COPY_REQUESTS = (
 
 
 _NULL = "\\N"
+_NULL_BYTES = _NULL.encode()
 
 
 def _vmx_facts(vmx: Vmx) -> bytes:
@@ -583,7 +612,7 @@ def _vmx_facts(vmx: Vmx) -> bytes:
 
 
 def _or_null(text: bytes | None) -> bytes:
-    return _NULL.encode() if text is None else _escaped(text)
+    return _NULL_BYTES if text is None else _escaped(text)
 
 
 def _escaped(text: bytes) -> bytes:
