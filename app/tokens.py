@@ -43,6 +43,8 @@ _MESSAGE: Final = 3  # OpenAI cookbook, "How to count tokens with tiktoken"
 _NAME: Final = 1
 _LARGEST: Final = 2**31 - 1  # fits Postgres' integer, whatever a client wrote
 
+_BOUNDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
 _DEFAULT: Final = "o200k_base"
 # Special tokens are ordinary text here, so these two differ in nothing that is counted.
 _CARRIED: Final = {
@@ -66,7 +68,7 @@ _NOT_TEXT: Final = {"type", "id", "status", "encrypted_content"}
 _DATA_URL: Final = re.compile(r'"data:[^",]{0,200};base64,[^"]*"')
 
 
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):  # made ten times as fast as a dataclass
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # made by the thousand
     """``max_output_tokens`` is the most that the request allows over all its choices.
 
     It is None where the request sets no bound, and 0 where nothing is generated.
@@ -157,9 +159,11 @@ def _gather(texts: "_Texts", endpoint: str, body: Mapping[str, object]) -> tuple
 def _chat(texts: "_Texts", body: Mapping[str, object]) -> int:
     messages = body.get("messages")
     tokens = _REPLY + _schemas(texts, body, ("tools", "functions", "response_format"))
-    if _is_list(messages):
-        return tokens + sum(_message(texts, message) for message in messages)
-    return tokens + _value(texts, messages)
+    if not _is_list(messages):
+        return tokens + _value(texts, messages)
+    for message in messages:  # not sum(): a generator costs more than what it adds up
+        tokens += _message(texts, message)
+    return tokens
 
 
 def _responses(texts: "_Texts", body: Mapping[str, object]) -> int:
@@ -227,7 +231,12 @@ def _media(part: Mapping[str, object]) -> int | None:
 
 
 def _schemas(texts: "_Texts", body: Mapping[str, object], keys: Iterable[str]) -> int:
-    return sum(_shared(texts, body[key]) for key in keys if body.get(key))
+    flat = 0
+    for key in keys:
+        value = body.get(key)
+        if value:
+            flat += _shared(texts, value)
+    return flat
 
 
 def _input(texts: "_Texts", given: object) -> int:
@@ -255,9 +264,12 @@ def _prompts(prompt: object) -> int:
 def _max_output(body: Mapping[str, object], outputs: int) -> int | None:
     if outputs == 0:
         return 0
-    asked = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-    bounds = [bound for key in asked if (bound := _positive(body.get(key))) is not None]
-    return min(min(bounds) * outputs, _LARGEST) if bounds else None
+    least: int | None = None
+    for key in _BOUNDS:
+        bound = _positive(body.get(key))
+        if bound is not None and (least is None or bound < least):
+            least = bound
+    return None if least is None else min(least * outputs, _LARGEST)
 
 
 def _positive(value: object) -> int | None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator
 
@@ -148,6 +149,9 @@ async def serve(
     caller's. Raises SluiceError when it cannot listen or cannot start.
     """
     app = create_app(settings, db, keyring=keyring, listen_url=listen_url)
+    # The framework and the routes stay. A collection that walks them all stops every request, and a
+    # large batch brings one about again and again.
+    gc.freeze()
     listening = _bind(settings.host, settings.port, stall_s=settings.stall_s)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{listening.getsockname()[1]}"

@@ -101,7 +101,7 @@ class _Spooled:
     sha256: bytes
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     """One element of ``messages``, as far as it must be right for any provider."""
 
     role: str
@@ -118,14 +118,14 @@ class _Vmx(msgspec.Struct, rename="camel"):
     resource_config_overrides: object = None
 
 
-class _Request(msgspec.Struct):
+class _Request(msgspec.Struct, gc=False):
     """A chat completion, as far as it must be right for any provider; unknown keys are its own."""
 
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     vmx: _Vmx | None = None
 
 
-class _Item(msgspec.Struct, rename="camel"):
+class _Item(msgspec.Struct, rename="camel", gc=False):
     """One element of ``items``; unknown keys are ignored."""
 
     resource_id: UUID | None = None
