@@ -391,3 +391,11 @@ def test_a_model_is_counted_with_its_vocabulary(model: str, name: str) -> None:
 def test_every_vocabulary_of_tiktoken_has_its_stand_in() -> None:
     for model in tiktoken.model.MODEL_TO_ENCODING:
         assert estimate(EMBEDDINGS, {"input": "hi"}, model=model).input_tokens == 1
+
+
+def test_after_loading_no_request_waits_for_a_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading one holds the interpreter's lock: an event stream stood still for a second."""
+    loaded: dict[tuple[str, str], object] = {}
+    monkeypatch.setattr(toktok, "_CACHE", loaded)
+    tokens.load()
+    assert {name for name, _ in loaded} == set(MODELS)
