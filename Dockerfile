@@ -13,11 +13,6 @@ RUN mkdir app sql migrations \
     && /opt/sluice/bin/pip install -c constraints.txt . \
     && /opt/sluice/bin/pip uninstall --yes sluice
 
-# tiktoken fetches its vocabularies at first use; a running container may have no way out.
-ENV TIKTOKEN_CACHE_DIR=/opt/sluice/tiktoken
-RUN /opt/sluice/bin/python -c \
-    "import tiktoken; [tiktoken.get_encoding(name) for name in ('o200k_base', 'cl100k_base')]"
-
 COPY README.md ./
 COPY app app
 COPY sql sql
@@ -29,8 +24,7 @@ FROM python:3.12-slim
 
 ENV PATH=/opt/sluice/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    SLUICE_HOME=/var/lib/sluice \
-    TIKTOKEN_CACHE_DIR=/opt/sluice/tiktoken
+    SLUICE_HOME=/var/lib/sluice
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/sluice sluice
 COPY --from=build /opt/sluice /opt/sluice
 USER sluice

@@ -12,10 +12,10 @@ batch, its flows and its first event; whatever is wrong with any item, nothing i
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -73,8 +73,7 @@ def vmx_of(body: str) -> Vmx | None:
             return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewItem:
+class NewItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # made by the thousand
     """An item to create: a JSON object to the letter, for a resource.
 
     ``place``: where its creator finds it, for messages; None: by its number in ``items``.
@@ -226,34 +225,70 @@ class _Scale:
             crossroads={} if crossroads is None else crossroads,
         )
 
-    def weigh(self, item: NewItem, seq: int) -> "_Weighed":
-        """An item's estimate and way. Raises ValueError with a sentence about what is wrong."""
-        body = parse_body(item.body, most_bytes=self.most_item_bytes)
+    def weigh(self, items: Sequence[NewItem], first_seq: int) -> "Iterator[_Weighed | ValueError]":
+        """Each item's estimate and way, or a sentence about what is wrong with it."""
+        tally = tokens.Tally()
+        bodies = [self._counted(item, tally) for item in items]
+        estimates = iter(tally.estimates())
+        for seq, (item, body) in enumerate(zip(items, bodies, strict=True), start=first_seq):
+            if isinstance(body, ValueError):
+                yield body
+                continue
+            try:
+                yield self._placed(item, seq, body, next(estimates))
+            except ValueError as error:
+                yield error
+
+    def _counted(self, item: NewItem, tally: tokens.Tally) -> "_Body | ValueError":
+        """Put an item's request into the tally. Returns it, or what is wrong with it."""
         resource = self.resources[item.resource_id]
-        estimate = tokens.estimate(self.endpoint, body, model=resource.model)
         fork = self.crossroads.get(item.resource_id)
-        if fork is not None:
-            resource = fork.choose(
+        try:
+            body = parse_body(item.body, most_bytes=self.most_item_bytes)
+            if fork is None:
+                require_translatable(resource, self.endpoint, body)
+        except ValueError as error:
+            return error
+        tally.add(self.endpoint, body, model=resource.model)
+        # Thousands of them at a time keep the garbage collector busy: only what is needed again.
+        return None if fork is None else body
+
+    def _placed(
+        self, item: NewItem, seq: int, body: "_Body", estimate: tokens.Estimate
+    ) -> "_Weighed":
+        """An item on its way. Raises ValueError with a sentence about what is wrong."""
+        resource = self.resources[item.resource_id]
+        if body is not None:
+            resource = self.crossroads[item.resource_id].choose(
                 resource,
                 body,
                 input_tokens=estimate.input_tokens,
                 batch_id=self.batch_id,
                 seq=seq,
             )
-        require_translatable(resource, self.endpoint, body)
-        bounds = ((resource.most_tokens, f"resource '{resource.name}'"), *self.own_bounds)
-        exceeded = next((b for b in bounds if b[0] and estimate.input_tokens > b[0]), None)
-        if exceeded is not None:
-            raise ValueError(
-                f"its prompt of about {estimate.input_tokens:,} tokens alone is "
-                f"larger than the limit of {exceeded[0]:,} tokens of {exceeded[1]}; "
-                "shorten it or raise the limit"
-            )
-        return _Weighed(estimate=estimate, resource_id=resource.resource_id)
+            require_translatable(resource, self.endpoint, body)
+        most = resource.most_tokens
+        if most and estimate.input_tokens > most:
+            raise _too_long(estimate, most, f"resource '{resource.name}'")
+        for most, of in self.own_bounds:
+            if most and estimate.input_tokens > most:
+                raise _too_long(estimate, most, of)
+        return _Weighed(estimate, resource.resource_id)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weighed:
+_Body = dict[str, object] | None
+"""A request that is looked into when its tokens are known; None: it need not be."""
+
+
+def _too_long(estimate: tokens.Estimate, most: int, of: str) -> ValueError:
+    return ValueError(
+        f"its prompt of about {estimate.input_tokens:,} tokens alone is "
+        f"larger than the limit of {most:,} tokens of {of}; "
+        "shorten it or raise the limit"
+    )
+
+
+class _Weighed(NamedTuple):
     estimate: tokens.Estimate
     resource_id: UUID
 
@@ -290,16 +325,15 @@ class Appraiser:
 
     def _add(self, items: Sequence[NewItem]) -> None:
         found = self.found
-        for item in items:
+        weighing = self._scale.weigh(items, found.items)
+        for item, weighed in zip(items, weighing, strict=True):
             index = found.items
             found.items += 1
-            try:
-                weighed = self._scale.weigh(item, index)
-            except ValueError as error:
+            if isinstance(weighed, ValueError):
                 found.impossible_items += 1
                 if len(found.impossible) < ValidationError.MOST:
                     found.impossible.append(
-                        Impossible(index=index, reason=str(error), place=item.place)
+                        Impossible(index=index, reason=str(weighed), place=item.place)
                     )
                 continue
             estimate = weighed.estimate
@@ -320,6 +354,9 @@ class Ingest:
     collected (the first 100) and raised together by ``finish``, so that one answer names them all.
     ``quota``: what the workspace may have in the queue, where it has none of its own; None: anything.
     """
+
+    #: Items that are weighed in one go: some ten milliseconds.
+    PART: int = 500
 
     def __init__(
         self,
@@ -352,7 +389,7 @@ class Ingest:
         self.problems: list[Problem] = []
 
     async def add(self, items: Sequence[NewItem]) -> None:
-        """Write items; a few thousand at a time is best."""
+        """Write items; a few thousand at a time is best: some are weighed while others are copied."""
         if self.count + len(items) > self._most_items:
             raise ValidationError(
                 [
@@ -363,11 +400,26 @@ class Ingest:
                     )
                 ]
             )
-        prepared = await asyncio.to_thread(self._prepare, items, self.count)
-        self.count += len(items)
-        self.problems += prepared.problems[: ValidationError.MOST + 1 - len(self.problems)]
-        if self.problems:
-            return
+        copying: asyncio.Task[None] | None = None
+        try:
+            for start in range(0, len(items), self.PART):
+                part = items[start : start + self.PART]
+                prepared = await asyncio.to_thread(self._prepare, part, self.count)
+                self.count += len(part)
+                self.problems += prepared.problems[: ValidationError.MOST + 1 - len(self.problems)]
+                if copying is not None:
+                    await copying
+                    copying = None
+                if not self.problems:
+                    copying = asyncio.create_task(self._copy(prepared))
+            if copying is not None:
+                await copying
+        finally:
+            if copying is not None and not copying.done():
+                copying.cancel()
+                await asyncio.wait({copying})
+
+    async def _copy(self, prepared: "_Prepared") -> None:
         self._estimated += prepared.input_tokens
         for resource_id, load in prepared.flows.items():
             self._flows[resource_id] = self._flows.get(resource_id, 0) + load.items
@@ -487,20 +539,22 @@ class Ingest:
         """Estimate and format; runs in a worker thread."""
         batch = self._batch
         key = f"{batch.workspace_id}\t{batch.batch_day}\t{batch.batch_id}\t"
+        request_key = key.encode()
         rows: list[str] = []
         requests: list[bytes] = []
         problems: list[Problem] = []
         flows: dict[UUID, _Share] = {}
         input_tokens = 0
-        for seq, item in enumerate(items, start=first_seq):
-            try:
-                weighed = self._scale.weigh(item, seq)
-            except ValueError as error:
+        weighing = self._scale.weigh(items, first_seq)
+        for seq, (item, weighed) in enumerate(zip(items, weighing, strict=True), start=first_seq):
+            if isinstance(weighed, ValueError):
                 place = item.place or f"items[{seq}].request"
-                problems.append(Problem(path=place, message=str(error)))
+                problems.append(Problem(path=place, message=str(weighed)))
                 continue
-            estimate, resource_id = weighed.estimate, weighed.resource_id
-            share = flows.setdefault(resource_id, _Share())
+            estimate, resource_id = weighed
+            share = flows.get(resource_id)
+            if share is None:
+                share = flows[resource_id] = _Share(row=f"{key}{resource_id}\t")
             share.items += 1
             share.bytes += len(item.body)
             input_tokens += estimate.input_tokens
@@ -508,7 +562,7 @@ class Ingest:
             most_output = _NULL if bound is None else min(bound, 2**31 - 1)
             timeout_ms = (item.vmx.timeout_ms if item.vmx else None) or batch.timeout_ms
             rows.append(
-                f"{key}{resource_id}\t{seq}\t{estimate.input_tokens}\t"
+                f"{share.row}{seq}\t{estimate.input_tokens}\t"
                 f"{most_output}\t"
                 f"{item.max_attempts or batch.max_attempts}\t"
                 f"{_NULL if timeout_ms is None else timeout_ms}\n"
@@ -516,7 +570,7 @@ class Ingest:
             custom_id = _or_null(None if item.custom_id is None else item.custom_id.encode())
             vmx = _or_null(None if item.vmx is None else _vmx_facts(item.vmx))
             requests.append(
-                b"%s%d\t%s\t%s\t%s\n" % (key.encode(), seq, custom_id, _escaped(item.body), vmx)
+                b"%s%d\t%s\t%s\t%s\n" % (request_key, seq, custom_id, _escaped(item.body), vmx)
             )
         return _Prepared(
             items="".join(rows).encode(),
@@ -527,8 +581,11 @@ class Ingest:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Share:
+    """What some items add to a flow; ``row``: how their rows begin."""
+
+    row: str
     items: int = 0
     bytes: int = 0
 
@@ -554,6 +611,7 @@ _COPY_REQUESTS = (
 
 
 _NULL = "\\N"
+_NULL_BYTES = _NULL.encode()
 
 
 def _vmx_facts(vmx: Vmx) -> bytes:
@@ -562,7 +620,7 @@ def _vmx_facts(vmx: Vmx) -> bytes:
 
 
 def _or_null(text: bytes | None) -> bytes:
-    return _NULL.encode() if text is None else _escaped(text)
+    return _NULL_BYTES if text is None else _escaped(text)
 
 
 def _escaped(text: bytes) -> bytes:

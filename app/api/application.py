@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import socket
+import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 
 import uvicorn
@@ -11,6 +13,7 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.plugins.pydantic import PydanticPlugin
 
+from app import tokens
 from app.api import (
     auth,
     batches,
@@ -151,6 +154,13 @@ async def serve(
     caller's. Raises SluiceError when it cannot listen or cannot start.
     """
     app = create_app(settings, db, keyring=keyring, listen_url=listen_url)
+    tokens.load()
+    # The framework and the routes stay. A collection that walks them all stops every request, and a
+    # large batch brings one about again and again.
+    gc.freeze()
+    # Threads that take batches in keep the interpreter for as long as this whenever the event loop
+    # wants it; by default 5 ms, several times in every request.
+    sys.setswitchinterval(0.001)
     listening = _bind(settings.host, settings.port, stall_s=settings.stall_s)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{listening.getsockname()[1]}"

@@ -101,7 +101,7 @@ class _Spooled:
     sha256: bytes
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     """One element of ``messages``, as far as it must be right for any provider."""
 
     role: str
@@ -118,14 +118,14 @@ class _Vmx(msgspec.Struct, rename="camel"):
     resource_config_overrides: object = None
 
 
-class _Request(msgspec.Struct):
+class _Request(msgspec.Struct, gc=False):
     """A chat completion, as far as it must be right for any provider; unknown keys are its own."""
 
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     vmx: _Vmx | None = None
 
 
-class _Item(msgspec.Struct, rename="camel"):
+class _Item(msgspec.Struct, rename="camel", gc=False):
     """One element of ``items``; unknown keys are ignored."""
 
     resource_id: UUID | None = None
@@ -141,6 +141,7 @@ class _Item(msgspec.Struct, rename="camel"):
 
 
 _decode_item = msgspec.json.Decoder(_Item).decode
+_decode_items = msgspec.json.Decoder(list[_Item]).decode
 _decode_request = msgspec.json.Decoder(_Request).decode
 
 
@@ -425,7 +426,7 @@ class _Walk:
     def __init__(self, file: BinaryIO, most_item_bytes: int, most_items: int) -> None:
         file.seek(0)
         self._splitter = Splitter(file.read, array=_ITEMS, most_element=most_item_bytes + _SLACK)
-        self._members = self._splitter.members()
+        self._members = self._splitter.members(_decode_items)
         self._most_item_bytes = most_item_bytes
         self._most_items = most_items
         self._head: dict[str, object] = {}
@@ -452,47 +453,53 @@ class _Walk:
 
     def _some(self) -> bool:
         size = 0
-        for name, raw in _up_to(self._members, _FEW):
-            size += len(raw)
-            is_item = name == _ITEMS and self._splitter.elements_at is not None
-            if is_item:
-                if self._count == self._most_items:
-                    self._problems.append(
-                        Problem(
-                            path=_ITEMS,
-                            message=f"more than {self._most_items:,} items; "
-                            "split the batch or raise SLUICE_MAX_ITEMS",
-                        )
-                    )
-                    return False
-                self._item(raw)
-                self._count += 1
+        for name, found in _up_to(self._members, _FEW):
+            if isinstance(found, list):
+                is_going_on = all(self._item(item) for item in found)
+                size = STEP
+            elif name == _ITEMS and self._splitter.elements_at is not None:
+                is_going_on = self._item(found)
+                size += len(found)
             else:
-                self._member(name, raw)
-            if len(self._problems) >= ValidationError.MOST:
+                is_going_on = self._member(name, found)
+                size += len(found)
+            if not is_going_on:
                 return False
             if size >= STEP:
                 return True
         return size > 0
 
-    def _member(self, name: str, raw: bytes) -> None:
+    def _member(self, name: str, raw: bytes) -> bool:
         try:
             self._head[name] = _decoded(raw)
         except ValueError as error:
             self._problems.append(Problem(path=name, message=f"is not valid JSON: {error}"))
+        return len(self._problems) < ValidationError.MOST
 
-    def _item(self, raw: bytes) -> None:
+    def _item(self, found: _Item | bytes) -> bool:
+        """Look at the next item; False when no more need be looked at."""
         index = self._count
+        if index == self._most_items:
+            self._problems.append(
+                Problem(
+                    path=_ITEMS,
+                    message=f"more than {self._most_items:,} items; "
+                    "split the batch or raise SLUICE_MAX_ITEMS",
+                )
+            )
+            return False
+        self._count += 1
         try:
-            item = _item_of(raw)
+            item = _item_of(found) if isinstance(found, bytes) else found
         except _ItemError as error:
             path = f"{_ITEMS}[{index}]{error.path}"
             self._problems.append(Problem(path=path, message=str(error)))
-            return
-        for field, message in _wrong(item):
-            self._problems.append(Problem(path=f"{_ITEMS}[{index}].{field}", message=message))
-        if item.asks and item.asks not in self._asked:
-            self._asked[item.asks] = index
+        else:
+            for field, message in _wrong(item):
+                self._problems.append(Problem(path=f"{_ITEMS}[{index}].{field}", message=message))
+            if item.asks and item.asks not in self._asked:
+                self._asked[item.asks] = index
+        return len(self._problems) < ValidationError.MOST
 
     def result(self) -> _Examined:
         """What was found, once ``step`` has said False."""
@@ -706,26 +713,31 @@ async def _new_items(
     splitter = Splitter(
         file.read, array=_ITEMS, most_element=context.settings.max_item_bytes + _SLACK
     )
-    elements = splitter.elements()
+    elements = splitter.elements(_decode_items)
 
     def some() -> list[NewItem]:
         made: list[NewItem] = []
         size = 0
-        for raw in _up_to(elements, _FEW):
-            item = _item_of(raw)
-            size += len(raw)
-            made.append(
-                NewItem(
-                    resource_id=resources[item.asks].resource_id,
-                    body=bytes(item.request),
-                    custom_id=item.custom_id,
-                    max_attempts=item.max_attempts,
-                    vmx=intake.vmx_of(bytes(item.request).decode()),
-                )
-            )
+        for found in _up_to(elements, _FEW):
+            if isinstance(found, list):
+                made += [new_item(item) for item in found]
+                break
+            made.append(new_item(_item_of(found)))
+            size += len(found)
             if size >= STEP:
                 break
         return made
 
+    def new_item(item: _Item) -> NewItem:
+        request = bytes(item.request)
+        return NewItem(
+            resource_id=ids[item.asks],
+            body=request,
+            custom_id=item.custom_id,
+            max_attempts=item.max_attempts,
+            vmx=intake.vmx_of(request.decode()) if b'"vmx"' in request else None,
+        )
+
+    ids = {asked: resource.resource_id for asked, resource in resources.items()}
     while items := await asyncio.to_thread(some):
         yield items

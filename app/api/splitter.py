@@ -8,12 +8,17 @@ JSON: here only its extent is found, and the grammar between slices is checked.
 Nested values are matched by one expression up to ``_NESTED`` brackets deep (about 9 microseconds per
 600 bytes); what is deeper, or broken off where the buffer ends, is measured token by token. The
 expressions are possessive, so no text makes them backtrack.
+
+Whoever gives a decoder of arrays gets stretches of elements decoded at once, several times as fast. The
+elements of a batch begin alike, so the last place in the buffer that looks like the seam between the
+first two probably is one, and the decoder is the proof: what it takes for an array ends between two elements.
+What it does not take comes one by one, as without it; whatever is wrong is found and named there.
 """
 
 import codecs
 import re
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, TypeVar, overload
 
 import msgspec
 
@@ -37,6 +42,10 @@ _STRING_RE: Final = re.compile(_STRING, re.DOTALL)
 _NESTED_RE: Final = re.compile(_nested(_NESTED), re.DOTALL)
 _SCALAR_RE: Final = re.compile(rb"[A-Za-z0-9.+-]++")
 _TOKEN_RE: Final = re.compile(_STRING + rb'|[][{}"]', re.DOTALL)
+
+_SEAM: Final = 10  # bytes of an element that its seam shows: a bracket, and most of a name
+
+T = TypeVar("T")
 
 _QUOTE: Final = ord('"')
 _OPENING: Final = b"{["
@@ -83,13 +92,22 @@ class Splitter:
         self._at = 0
         self._before = 0  # bytes that left the buffer
         self._ended = False
+        self._one_by_one_to = 0
         self.elements_at: int | None = None
 
-    def members(self) -> Iterator[tuple[str, bytes]]:
+    @overload
+    def members(self) -> Iterator[tuple[str, bytes]]: ...
+    @overload
+    def members(
+        self, decode: Callable[[bytes], list[T]]
+    ) -> Iterator[tuple[str, bytes | list[T]]]: ...
+    def members(
+        self, decode: Callable[[bytes], list[T]] | None = None
+    ) -> Iterator[tuple[str, bytes | list[T]]]:
         """Every member's name and raw value; the array's elements one by one under its name.
 
-        Raises MalformedError and TooLongError. A name that comes twice is refused: which one
-        counts would depend on the reader.
+        ``decode``: as of ``elements``. Raises MalformedError and TooLongError. A name that comes twice is
+        refused: which one counts would depend on the reader.
         """
         self._skip_mark()
         if self._peek() != ord("{"):
@@ -106,7 +124,7 @@ class Splitter:
             if key == self._array and self._peek() == ord("["):
                 self._at += 1
                 self.elements_at = self._before + self._at
-                for element in self.elements():
+                for element in self._elements(decode):
                     yield key, element
             else:
                 yield key, self._value(key, None, self._most_member)
@@ -114,17 +132,57 @@ class Splitter:
         if self._peek() is not None:
             raise self._malformed("there is more after the object")
 
-    def elements(self) -> Iterator[bytes]:
-        """The raw elements of an array whose opening bracket has been passed."""
+    @overload
+    def elements(self) -> Iterator[bytes]: ...
+    @overload
+    def elements(self, decode: Callable[[bytes], list[T]]) -> Iterator[bytes | list[T]]: ...
+    def elements(
+        self, decode: Callable[[bytes], list[T]] | None = None
+    ) -> Iterator[bytes | list[T]]:
+        """The raw elements of an array whose opening bracket has been passed.
+
+        ``decode`` makes a list of an array, or raises an exception of msgspec's; with it, elements may also
+        come as such lists.
+        """
+        return self._elements(decode)
+
+    def _elements(self, decode: Callable[[bytes], list[T]] | None) -> Iterator[bytes | list[T]]:
         index = 0
         if self._peek() == ord("]"):
             self._at += 1
             return
+        seam = b""
         while True:
+            if seam and decode is not None:
+                some = self._stretch(seam, decode)
+                if some:
+                    yield some
+                    index += len(some)
+                    self._separator(ord("]"), "] or ,")
             yield self._value(self._array, index, self._most_element)
             index += 1
+            end = self._before + self._at
             if self._separator(ord("]"), "] or ,"):
                 return
+            if not seam and self._peek() is not None and end >= self._before:
+                seam = self._buffer[end - self._before : self._at + _SEAM]
+
+    def _stretch(self, seam: bytes, decode: Callable[[bytes], list[T]]) -> list[T] | None:
+        """Pass all elements up to the last seam in the buffer, decoded; None: one by one."""
+        _ = self._peek()
+        if self._before + self._at < self._one_by_one_to:
+            return None
+        end = self._buffer.rfind(seam, self._at)
+        if self._at < end <= self._at + self._most_element:
+            try:
+                some = decode(b"[%b]" % self._buffer[self._at : end])
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                pass
+            else:
+                self._at = end
+                return some
+        self._one_by_one_to = self._before + len(self._buffer)
+        return None
 
     def _skip_mark(self) -> None:
         """Pass a byte order mark, which some editors put before UTF-8."""

@@ -4,6 +4,7 @@ import io
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,3 +148,57 @@ def test_a_part_beyond_its_limit_is_refused_without_being_read_to_its_end() -> N
 def test_a_million_escapes_and_brackets_cost_neither_memory_nor_backtracking() -> None:
     text = b'{"items":[{"a":"' + b"\\n" * 1_000_000 + b'"},[' + b"[1]," * 500_000 + b"1]]}"
     assert len(parts(text, step=1 << 20, most=1 << 24)["items"]) == 2
+
+
+# Elements that begin alike, as those of a batch do, between others that do not.
+ALIKE = st.lists(VALUES.map(lambda value: {"resource": value}), max_size=30)
+
+
+def elements(text: bytes, *, step: int, most: int, decode: bool) -> list[bytes] | str:
+    """The elements as they come out, or what is said to be wrong."""
+    found: list[bytes] = []
+    split = splitter(text, step=step, most=most)
+    members = split.members(msgspec.json.Decoder(list[msgspec.Raw]).decode if decode else _never)
+    try:
+        for name, part in members:
+            if isinstance(part, list):
+                found += map(bytes, part)
+            elif name == "items":
+                found.append(part)
+    except (MalformedError, TooLongError) as error:
+        return str(error)
+    return found
+
+
+def _never(_: bytes) -> list[msgspec.Raw]:
+    raise msgspec.DecodeError
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(
+    items=ALIKE | st.lists(VALUES, max_size=8),
+    indent=st.sampled_from([None, 1]),
+    step=st.integers(1, 400),
+    most=st.sampled_from([60, 400, 100_000]),
+    data=st.data(),
+)
+def test_stretches_hold_what_would_have_come_one_by_one(
+    items: list[Any], indent: int | None, step: int, most: int, data: st.DataObject
+) -> None:
+    """Also of a text with something wrong at any place."""
+    text = bytearray(json.dumps({"items": items, "z": 1}, indent=indent).encode())
+    if data.draw(st.booleans()):
+        place = data.draw(st.integers(0, len(text) - 1))
+        text[place : place + 1] = data.draw(
+            st.sampled_from([b"", b",", b"]", b"}", b'"', b"\xff", b"{"])
+        )
+    one_by_one = elements(bytes(text), step=step, most=most, decode=False)
+    assert elements(bytes(text), step=step, most=most, decode=True) == one_by_one
+
+
+def test_elements_that_begin_alike_come_in_stretches() -> None:
+    text = json.dumps({"items": [{"resource": "a", "n": n} for n in range(1000)]}).encode()
+    split = splitter(text, step=10_000)
+    parts = [part for _, part in split.members(msgspec.json.Decoder(list[msgspec.Raw]).decode)]
+    assert sum(len(part) for part in parts if isinstance(part, list)) > 980
+    assert sum(isinstance(part, bytes) for part in parts) < 20
