@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import gc
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -155,9 +154,6 @@ async def serve(
     """
     app = create_app(settings, db, keyring=keyring, listen_url=listen_url)
     tokens.load()
-    # The framework and the routes stay. A collection that walks them all stops every request, and a
-    # large batch brings one about again and again.
-    gc.freeze()
     # Threads that take batches in keep the interpreter for as long as this whenever the event loop
     # wants it; by default 5 ms, several times in every request.
     sys.setswitchinterval(0.001)
