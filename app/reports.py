@@ -202,6 +202,8 @@ async def grant(conn: Connection, *, user: str, allowed: Allowance) -> str | Non
         "timezone": "UTC",
         # One reader, one processor: parallel plans would take those of the engine.
         "max_parallel_workers_per_gather": "0",
+        # Plans over many days look dear, and compiling them takes longer than running them.
+        "jit": "off",
     }.items():
         await conn.execute(
             sql.SQL("alter role {} set {} = {}").format(

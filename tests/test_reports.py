@@ -309,6 +309,7 @@ async def test_the_queue_capacity_keys_and_dead_letters(database: str) -> None:
         await scene.submit(5, api_key_id=key, priority=3)
         items = (await scene.claim(2)).items
         await scene.settle(items[:1], Outcome.rejected, used=None, error_code="invalid_request")
+        await roll_up(scene)
         assert await seen(
             scene,
             "resource_name, priority, open_batches, pending_items, unstarted_items, running_items,"
