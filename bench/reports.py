@@ -9,9 +9,9 @@ five for details.
 
 Then the engine: claims and settlements of 500 items in a loop, as workers make them but without a provider,
 for ``--seconds`` while four clients repeat the slowest questions and one more holds a snapshot, and before and
-after that alone. Each run works on batches of its own. The client processes share this machine's processors with
-the engine, which a reader's machine would not; so do the backends that answer them. ``--nice 19`` gives those
-only what processor time the engine leaves: what remains is what readers cost by locks, dead rows and the disk.
+after that alone. Each run works on batches of its own. The readers' backends give way to others as maintenance
+makes them on an embedded server (``--equals``: they do not). Their clients, which would run on machines of their
+own, get what processor time is left, too.
 
 ``--docs`` puts times and plans into docs/reporting.md.
 
@@ -22,7 +22,6 @@ only what processor time the engine leaves: what remains is what readers cost by
 import argparse
 import asyncio
 import json
-import os
 import re
 import shutil
 import statistics
@@ -30,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -37,12 +38,13 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from app import connections, embedded, intake, migrate, queue, reports, resources, tenants
+from app import connections, embedded, migrate, queue, reports, resources, tenants
 from app.db import Database
+from app.embedded import Embedded
 from app.ids import uuid7
-from app.intake import Ingest, NewBatch, NewItem
 from app.queue import Outcome, Settlement
 from app.secrets import Keyring
+from bench._filling import fill
 
 _DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "reporting.md"
 _DETAILS = re.compile(r"report\.(items|attempts|failures|dead_letters)\b")
@@ -52,7 +54,6 @@ _READER = "analyst"
 _BATCH = 100_000
 _DAYS = 10
 _CLAIM = 500
-_BODY = b'{"messages":[{"role":"user","content":"Where is my card?"}]}'
 
 #: The engine is measured without readers for so long at most, half of it before and half of it after.
 _ALONE_S = 120.0
@@ -147,12 +148,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument(
-        "--nice",
-        type=int,
-        default=0,
-        help="of the readers' backends: leaves out what processors they take",
-    )
+    parser.add_argument("--equals", action="store_true", help="let no reader's backend give way")
     parser.add_argument("--plans", type=Path, help="write every question's plan to this file")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", action="store_true", help="put the times into docs/reporting.md")
@@ -168,15 +164,15 @@ def main() -> None:
         server = embedded.acquire(Path(place) / "home")
         try:
             migrate.migrate(server.url)
-            good = asyncio.run(measure(server.url, options))
+            good = asyncio.run(measure(server, options))
         finally:
             server.release()
     sys.exit(0 if good else 1)
 
 
-async def measure(url: str, options: argparse.Namespace) -> bool:
+async def measure(server: Embedded, options: argparse.Namespace) -> bool:
     """Fill, ask, and work beside the asking; whether every bound held."""
-    async with Database(url, size=4) as db:
+    async with Database(server.url, size=6) as db:
         tenant = await _tenant(db)
         clock = _Stages()
         await _fill(db, tenant, options.rows)
@@ -190,14 +186,15 @@ async def measure(url: str, options: argparse.Namespace) -> bool:
         print(f"{size / 1e9:.1f} GB", flush=True)
         async with db.transaction() as conn:
             await reports.grant(conn, user=_READER, allowed=reports.Allowance())
-        reader = make_conninfo(url, user=_READER)
+        reader = make_conninfo(server.url, user=_READER)
         asked = await _ask(reader, options)
         clock.end("asked all questions")
         slowest = sorted(asked, key=lambda each: -each["seconds"])[:4]
         # Before and after: what the machine's other work does to one is done to the other.
         short = min(options.seconds, _ALONE_S) / 2
         before = await _work(db, tenant, short)
-        beside = await _beside(db, tenant, reader, [each["sql"] for each in slowest], options)
+        async with _readers(server, db, reader, [each["sql"] for each in slowest], options):
+            beside = await _work(db, tenant, options.seconds)
         after = await _work(db, tenant, short)
     alone = {name: (before[name] + after[name]) / 2 for name in before}
     share = beside["rate"] / alone["rate"]
@@ -455,28 +452,14 @@ async def _work(db: Database, tenant: dict[str, Any], seconds: float) -> dict[st
 
 
 async def _submit(db: Database, tenant: dict[str, Any]) -> None:
-    batch = NewBatch(
-        workspace_id=tenant["workspace_id"], environment_id=tenant["environment_id"], type="async"
-    )
-    resource_id = tenant["resource_ids"][0]
+    ids = {name: tenant[name] for name in ("workspace_id", "environment_id")}
     async with db.connection() as conn:
-        await intake.prepare_day(conn, batch)
-    async with db.transaction() as conn:
-        resource = await resources.get(
-            conn,
-            workspace_id=tenant["workspace_id"],
-            environment_id=tenant["environment_id"],
-            resource_id=resource_id,
-        )
-        assert resource is not None
-        ingest = Ingest(conn, batch, {resource_id: resource})
-        for _ in range(10):
-            await ingest.add([NewItem(resource_id=resource_id, body=_BODY)] * 5000)
-        await ingest.finish()
+        await fill(conn, ids, tenant["resource_ids"][0], number=1, items=50_000)
 
 
 _CLIENT = """
-import sys, psycopg
+import os, sys, psycopg
+os.nice(19)
 with psycopg.connect(sys.argv[1], autocommit=True) as conn:
     while True:
         for text in sys.argv[2:]:
@@ -484,32 +467,47 @@ with psycopg.connect(sys.argv[1], autocommit=True) as conn:
 """
 
 
-async def _beside(
-    db: Database, tenant: dict[str, Any], reader: str, texts: list[str], options: argparse.Namespace
-) -> dict[str, float]:
-    """The same work while readers repeat the slowest questions and one holds a snapshot."""
+@asynccontextmanager
+async def _readers(
+    server: Embedded, db: Database, reader: str, texts: list[str], options: argparse.Namespace
+) -> AsyncGenerator[None]:
+    """Meanwhile clients repeat these questions, and one more holds a snapshot."""
     clients = [
-        subprocess.Popen([sys.executable, "-c", _CLIENT, reader, *texts])  # noqa: ASYNC220 - before anything is measured
+        subprocess.Popen(  # noqa: ASYNC220 - before anything is measured
+            [sys.executable, "-c", _CLIENT, reader, *texts], start_new_session=True
+        )
         for _ in range(options.clients)
     ]
+    giving_way: asyncio.Task[None] | None = None
     try:
+        for client in clients:
+            _make_nice(client.pid)
+        if not options.equals:
+            giving_way = asyncio.create_task(_give_way(server, db))
         async with db.transaction() as holder:
             await holder.execute("set transaction isolation level repeatable read")
             await holder.execute("select count(*) from workspaces")
-            if options.nice:
-                await asyncio.sleep(2)  # until the readers have connected
-                readers = await (
-                    await holder.execute(
-                        "select pid from pg_stat_activity where usename = %s", (_READER,)
-                    )
-                ).fetchall()
-                for (pid,) in readers:
-                    os.setpriority(os.PRIO_PROCESS, pid, options.nice)
-            return await _work(db, tenant, options.seconds)
+            yield
     finally:
+        if giving_way is not None:
+            giving_way.cancel()
         for client in clients:
             client.kill()
             client.wait()
+
+
+def _make_nice(pid: int) -> None:
+    """Where the processor is shared among sessions first, the session must be nice, too."""
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("19")
+
+
+async def _give_way(server: Embedded, db: Database) -> None:
+    """As maintenance does."""
+    while True:
+        async with db.connection() as conn:
+            server.give_way(await reports.readers(conn))
+        await asyncio.sleep(1)
 
 
 if __name__ == "__main__":
