@@ -3,8 +3,9 @@
 -- Calls are counted by the rollup of hours, so that a million failed calls cost no more than a few; the first and
 -- the latest are looked up in the hours that it names, by the index of failed calls. When retention has
 -- taken those calls away, the hour itself is what is left of them.
--- Dead letters are counted one by one: their results are probed by key, because a join of partitioned tables is
--- planned as if every probe looked into all days, and would rather read every answer there is.
+-- Dead letters are counted one by one, from two indexes of what failed (items_failed, item_results_failed). Results are
+-- probed by key, because a join of partitioned tables is planned as if every probe looked into all days, and would
+-- rather read every answer there is.
 create or replace view report.failures with (security_barrier) as
 select w.workspace_id,
     w.name as workspace_name,
@@ -68,20 +69,38 @@ cross join lateral (
             limit 1
         ) z on true
         union all
-        select i.resource_id, t.error_code, null, max(t.status_code), 0, count(*), min(i.ended_at), max(i.ended_at),
-            max(t.error_message)
-        from items i
-        cross join lateral (
-            select t.error_code, t.status_code, t.error_message
-            from item_results t
-            where t.workspace_id = i.workspace_id
+        select d.resource_id, d.error_code, null, d.status_code, 0, d.open_items, d.first_at, d.last_at, x.error_message
+        from (
+            select i.resource_id, t.error_code, max(t.status_code) as status_code, count(*) as open_items,
+                min(i.ended_at) as first_at, max(i.ended_at) as last_at
+            from items i
+            cross join lateral (
+                select t.error_code, t.status_code
+                from item_results t
+                where t.workspace_id = i.workspace_id
+                    and t.batch_day = i.batch_day
+                    and t.batch_id = i.batch_id
+                    and t.seq = i.seq
+                    and t.error_code is not null
+                limit 1
+            ) t
+            where i.workspace_id = w.workspace_id and i.status = 'failed'
+            group by i.resource_id, t.error_code
+        ) d
+        left join lateral (
+            select t.error_message
+            from items i
+            join item_results t on t.workspace_id = i.workspace_id
                 and t.batch_day = i.batch_day
                 and t.batch_id = i.batch_id
                 and t.seq = i.seq
+            where i.workspace_id = w.workspace_id
+                and i.resource_id = d.resource_id
+                and i.status = 'failed'
+                and i.ended_at = d.last_at
+                and t.error_code = d.error_code
             limit 1
-        ) t
-        where i.workspace_id = w.workspace_id and i.status = 'failed'
-        group by i.resource_id, t.error_code
+        ) x on true
     ) s
     group by s.resource_id, s.error_code
 ) m
