@@ -19,7 +19,7 @@ from app.errors import UsageError
 from app.ids import uuid7
 from app.queue import Outcome
 from tests.scene import Scene
-from tests.test_prices import price, put
+from tests.test_prices import price, put, submit_bound
 
 #: The calls of the history, moved to times around the end of a UTC day: item, attempt, claimed, ended, latency.
 MOVED = [
@@ -329,6 +329,25 @@ async def test_the_queue_capacity_keys_and_dead_letters(database: str) -> None:
         assert await seen(
             scene, "api_key_name, batches, items, failed_items, day_on", "api_key_usage"
         ) == [("k", 1, 5, 1, datetime.now(UTC).date())]
+
+
+async def test_what_a_batch_may_cost_is_a_limit_like_others(database: str) -> None:
+    async with Scene.open(database) as scene:
+        await put(scene, price())
+        await submit_bound(scene, 6, max_cost_nano=150_000)
+        query = "capacity_per_minute where limit_cost is not null"
+        money = "scope_kind, period, used_cost, limit_cost, cost_share"
+        items = (await scene.claim()).items
+        bound = Decimal("0.00015")
+        assert await seen(scene, money, query) == [("batch", "lifetime", bound, bound, 1)]
+        await scene.settle(items, used=(10, 20))
+        used = Decimal("0.000027")
+        assert await seen(scene, money, query) == [
+            ("batch", "lifetime", used, bound, Decimal("0.1800"))
+        ]
+        # A limit of another kind says nothing of money.
+        others = "capacity_per_minute where limit_cost is null"
+        assert set(await seen(scene, "used_cost, cost_share", others)) == {(None, None)}
 
 
 async def test_a_late_correction_is_counted_where_it_belongs(database: str) -> None:
