@@ -68,7 +68,7 @@ _FILL = (
     """,
     """
     create table bench_batches as
-    select n, gen_random_uuid() as batch_id, b.at, (b.at at time zone 'UTC')::date as day
+    select n, %(items)s::int as items, gen_random_uuid() as batch_id, b.at, (b.at at time zone 'UTC')::date as day
     from generate_series(0, %(batches)s::int - 1) n
     cross join lateral (
         select now() - interval '1 hour' - (%(batches)s::int - 1 - n) * (%(days)s::int * interval '1 day' / %(batches)s::int) as at
@@ -95,7 +95,8 @@ _FILL = (
     cross join generate_series(0, %(items)s * 18 / 60000 + 1) m
     """,
 )
-#: The four large tables, which are filled at the same time.
+#: The four large tables, which are filled at the same time. Lateral: batch after batch, in the order of time, as
+#: rows are really written. In another order BRIN finds nothing and the rows of a batch are on all pages of its day.
 _FILL_LARGE = (
     """
     insert into items (workspace_id, batch_day, batch_id, resource_id, ended_at, seq, attempt, input_tokens, status,
@@ -105,13 +106,13 @@ _FILL_LARGE = (
         case when s %% 50 = 0 then 'failed' else 'completed' end::work_status,
         case when s %% 50 = 0 then 'rejected' else 'answered' end::ended_reason, 0
     from bench_batches b
-    cross join generate_series(0, %(items)s - 1) s
+    cross join lateral generate_series(0, b.items - 1) s
     """,
     """
     insert into item_requests (workspace_id, batch_day, batch_id, seq, body)
     select %(workspace_id)s, b.day, b.batch_id, s, '{"messages":[]}'
     from bench_batches b
-    cross join generate_series(0, %(items)s - 1) s
+    cross join lateral generate_series(0, b.items - 1) s
     """,
     """
     insert into item_results (workspace_id, batch_day, batch_id, seq, attempt, ended_at, status_code, input_tokens,
@@ -121,7 +122,7 @@ _FILL_LARGE = (
         case when s %% 50 = 0 then 'invalid_request' end, case when s %% 50 = 0 then 'no' end,
         case when s %% 50 <> 0 then '{}'::json end
     from bench_batches b
-    cross join generate_series(0, %(items)s - 1) s
+    cross join lateral generate_series(0, b.items - 1) s
     """,
     """
     insert into attempts (workspace_id, batch_day, batch_id, seq, attempt, outcome, resource_id, connection_id,
@@ -136,7 +137,7 @@ _FILL_LARGE = (
         case when s %% 50 = 0 then 'invalid_request' end, case when s %% 50 = 0 then 'no' end, 'bench-model',
         '{}', 100, 60, 1, 100, 50, 45000, 'USD'
     from bench_batches b
-    cross join generate_series(0, %(items)s - 1) s
+    cross join lateral generate_series(0, b.items - 1) s
     """,
 )
 
