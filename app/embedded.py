@@ -40,7 +40,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -94,6 +94,8 @@ _SETTINGS = {
     "timezone": "UTC",
     "wal_compression": "on",
 }
+
+_NICEST = 19
 
 # A fixed environment: PGPORT and friends would change the server, a locale its messages.
 _ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
@@ -200,6 +202,26 @@ class Embedded:
             with _starting(self._home, deadline):
                 if _ensure_started(self._cluster, deadline):
                     log.warning("postgres.restarted", data_dir=self.data_dir)
+
+    def give_way(self, pids: Iterable[int]) -> None:
+        """Let these backends have only the processor time that nobody else wants.
+
+        Only on Linux. It cannot be taken back, because whoever is not root may only make processes nicer. What
+        goes wrong is not told: then they run as before.
+        """
+        if sys.platform != "linux":
+            return
+        postmaster = _postmaster(self.data_dir)
+        for pid in pids:
+            # A backend that has ended may have left its number to some other program.
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if f"\nPPid:\t{postmaster}\n" in status:
+                    # Kernels that share the processor among sessions first ("autogroup") look at a
+                    # process's own niceness only within its session, and a backend is alone in its own.
+                    with contextlib.suppress(OSError):
+                        Path(f"/proc/{pid}/autogroup").write_text(str(_NICEST))
+                    os.setpriority(os.PRIO_PROCESS, pid, _NICEST)
 
     def release(self) -> None:
         """Say that this process no longer needs the server; the last one stops it. Idempotent.

@@ -1,7 +1,7 @@
 """Maintenance: what one elected process does for all. It runs inside every worker process.
 
 Every second: reclaim items of vanished workers, let the rows of cancelled batches follow, end what a
-deadline has overtaken, and pause what has spent what it may. Every ten seconds: rollups.
+deadline has overtaken, pause what has spent what it may, and let readers of reports give way. Every ten seconds: rollups.
 Every minute: partitions ahead, what retention lets go, old ledger slots, workers long gone, files that
 have expired, and a look for two things that must never be: work that nobody is told of, and unstarted
 items below a floor.
@@ -9,6 +9,7 @@ items below a floor.
 
 import asyncio
 import random
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
 from uuid import UUID
@@ -38,13 +39,22 @@ class Maintenance:
     """The duty of keeping the queue healthy; ``run`` does it whenever this process is elected.
 
     ``holder_id`` is the worker's id, so that a worker known to be gone leaves the duty at once.
+    ``give_way`` lets backends of the database leave the processor to others; None: they are not ours.
     """
 
-    def __init__(self, settings: Settings, db: Database, *, holder_id: UUID) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        db: Database,
+        *,
+        holder_id: UUID,
+        give_way: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._db = db
         self._ringer = Ringer(db)
         self._holder_id = holder_id
+        self._give_way = give_way
         # Since when the database was heard without a break, by its own clock; None: not yet.
         self._quiet_since: datetime | None = None
         self._rounds = 0
@@ -84,6 +94,7 @@ class Maintenance:
         await self._follow_cancels()
         await self._expire()
         await self._pause_exhausted()
+        await self._let_readers_give_way()
         if self._rounds % _ROUNDS_PER_ROLLUP == 0:
             await self._roll_up()
         if self._rounds % _ROUNDS_PER_SLOW == 0:
@@ -151,6 +162,11 @@ class Maintenance:
             if paused:
                 log.info("batch.exhausted", batch=batch.batch_id)
                 self._ringer.ring(EVENTS, {batch.batch_id})
+
+    async def _let_readers_give_way(self) -> None:
+        if self._give_way is not None:
+            async with self._db.connection() as conn:
+                self._give_way(await reports.readers(conn))
 
     async def _roll_up(self) -> None:
         for _ in range(_MOST_ROLLUPS):

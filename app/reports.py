@@ -72,6 +72,11 @@ class _Rolled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Reader:
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Role:
     name: str
     can_login: bool
@@ -80,6 +85,7 @@ class _Role:
 
 _report_columns = Query("reports", "report_columns", _Described)
 _rollup_some = Query("reports", "rollup_some", _Rolled)
+_report_readers = Query("reports", "report_readers", _Reader)
 _report_role = Query("reports", "report_role", _Role)
 _report_grant_put = Query("reports", "report_grant_put", NoRow)
 _report_grant_delete = Query("reports", "report_grant_delete", NoRow)
@@ -104,6 +110,11 @@ async def views(conn: Connection) -> dict[str, View]:
 async def roll_up(conn: Connection, *, most: int = 20) -> int:
     """Count some minutes anew whose attempts have changed; how many. Within the caller's transaction."""
     return (await _rollup_some.one(conn, most=most)).minutes
+
+
+async def readers(conn: Connection) -> list[int]:
+    """The pids of the backends that work for logins which may read reports."""
+    return [row.pid for row in await _report_readers.all(conn)]
 
 
 async def rows(
@@ -202,6 +213,8 @@ async def grant(conn: Connection, *, user: str, allowed: Allowance) -> str | Non
         "timezone": "UTC",
         # One reader, one processor: parallel plans would take those of the engine.
         "max_parallel_workers_per_gather": "0",
+        # Plans over many days look dear, and compiling them takes longer than running them.
+        "jit": "off",
     }.items():
         await conn.execute(
             sql.SQL("alter role {} set {} = {}").format(

@@ -344,11 +344,33 @@ def _error(message: str, *, kind: str, code: str | None) -> dict[str, object]:
 # The server ---------------------------------------------------------------------------------------
 
 
-class Simulator:
-    """A running simulator: ``start`` it, send it calls, read its ``report``, ``stop`` it."""
+@dataclass(slots=True, kw_only=True)
+class Witnessed:
+    """An accepted call as the provider saw it. ``digest`` tells its body from others."""
 
-    def __init__(self, behaviour: Behaviour, *, clock: Clock = time.monotonic) -> None:
+    digest: bytes
+    input_tokens: int
+    output_tokens: int
+    fault: Fault | None
+    is_answered: bool = False
+
+
+class Simulator:
+    """A running simulator: ``start`` it, send it calls, read its ``report``, ``stop`` it.
+
+    ``witness`` gets every accepted call but hanging ones by its ``x-request-id``, without any bound: for tests
+    that compare call by call.
+    """
+
+    def __init__(
+        self,
+        behaviour: Behaviour,
+        *,
+        clock: Clock = time.monotonic,
+        witness: dict[str, Witnessed] | None = None,
+    ) -> None:
         self.behaviour = behaviour
+        self.witness = witness
         self.in_flight = 0
         self.statistics = Statistics(now=clock())
         self._clock = clock
@@ -601,6 +623,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._work: _Work | None = None
+        self._witnessed: Witnessed | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_busy = False
         self._speaks_anthropic = False
@@ -727,7 +750,15 @@ class _Connection(asyncio.Protocol):
             return
         # The limits' state belongs to the arrival; real providers send it as of then, too.
         headers = simulator.limit_headers()
-        headers["x-request-id"] = f"req_{work.digest.hex()[:20]}{simulator.statistics.accepted:08x}"
+        request_id = f"req_{work.digest.hex()[:20]}{simulator.statistics.accepted:08x}"
+        headers["x-request-id"] = request_id
+        if simulator.witness is not None:
+            self._witnessed = simulator.witness[request_id] = Witnessed(
+                digest=work.digest,
+                input_tokens=work.input_tokens,
+                output_tokens=work.output_tokens,
+                fault=fault,
+            )
         wait = simulator.latency_s(work.chance[1])
         if wait > 0:
             self._timer = loop.call_later(wait, self._answer, work, fault, headers)
@@ -773,6 +804,8 @@ class _Connection(asyncio.Protocol):
         counted.input_tokens += work.input_tokens
         counted.output_tokens += work.output_tokens
         counted.bodies.answered(work.digest)
+        if self._witnessed is not None:
+            self._witnessed.is_answered = True
 
     def _finish_with_error(
         self, status: int, message: str, *, kind: str, headers: dict[str, str]

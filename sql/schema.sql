@@ -832,8 +832,9 @@ create index items_first on items (workspace_id, batch_id, resource_id, seq)
 create index items_again on items (workspace_id, batch_id, resource_id, visible_at, seq)
     where status = 'pending' and attempt > 0;
 create index items_running on items (visible_at) where status = 'running';
--- The dead letters. Only what fails gets an entry.
-create index items_failed on items (workspace_id, resource_id, ended_at) where status = 'failed';
+-- The dead letters. Only what fails gets an entry; with item_results_failed it counts them by class on its own.
+create index items_failed on items (workspace_id, resource_id, ended_at) include (batch_day, batch_id, seq)
+    where status = 'failed';
 comment on table items is
     'One request of a batch: its state only. Narrow, because it is updated two or three times. Its id '
     'is item_id(batch_id, seq).';
@@ -906,6 +907,9 @@ create table item_results (
     constraint item_results_pkey primary key (workspace_id, batch_day, batch_id, seq),
     constraint item_results_answer_or_error check (error_code is not null or body is not null)
 ) partition by range (batch_day);
+create index item_results_failed on item_results (workspace_id, batch_id, seq)
+    include (batch_day, error_code, status_code)
+    where error_code is not null;
 comment on table item_results is
     'What came back for an item that was answered or failed. Never changed but by its erasure.';
 comment on column item_results.workspace_id is 'The tenant.';

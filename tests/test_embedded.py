@@ -321,6 +321,23 @@ def test_a_killed_postmaster_is_started_again_with_what_was_committed(home: Path
     assert not answers(server)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere readers are as all others")
+def test_backends_give_way_and_no_other_process_does(home: Path) -> None:
+    server = embedded.acquire(home, settings=FAST)
+    with psycopg.connect(server.url) as reader, psycopg.connect(server.url) as other:
+        pids = [each.info.backend_pid for each in (reader, other)]
+        ended = max(int(Path("/proc/sys/kernel/pid_max").read_text()) - 1, *pids)
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        server.give_way([ended, os.getpid(), pids[0]])
+        assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids] == [19, before]
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
+        groups = [Path(f"/proc/{pid}/autogroup") for pid in pids]
+        if groups[0].exists() and groups[0].read_text():
+            assert groups[0].read_text().endswith("nice 19\n")
+            assert not groups[1].read_text().endswith("nice 19\n")
+    server.release()
+
+
 def test_an_interrupted_creation_is_done_again(home: Path) -> None:
     killed = sharer(home)
     eventually(lambda: any(home.glob(".postgres-new-*/PG_VERSION")))

@@ -1,6 +1,7 @@
 """Who may read reports: a login bound to one workspace attacks the views and learns nothing of the other."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
@@ -12,7 +13,9 @@ import pytest
 from app import reports
 from app.db import Connection
 from app.errors import SluiceError, UsageError
+from app.maintenance import Maintenance
 from app.reports import Allowance
+from app.settings import Settings
 from tests.scene import Scene
 from tests.test_prices import price, put
 from tests.test_reports import roll_up
@@ -226,6 +229,23 @@ async def test_a_login_has_its_limits_and_texts_need_a_grant(database: str) -> N
         async with scene.db.transaction() as conn:
             await reports.grant(conn, user=reader.name, allowed=Allowance(with_texts=True))
         assert len(await reader.rows("select * from report.item_texts")) == 4
+
+
+async def test_maintenance_lets_readers_give_way_and_nobody_else(database: str) -> None:
+    async with Scene.open(database) as scene, reading(scene, Allowance()) as reader:
+        given: asyncio.Queue[Sequence[int]] = asyncio.Queue()
+        duty = Maintenance(
+            Settings(database_url=database),
+            scene.db,
+            holder_id=uuid4(),
+            give_way=given.put_nowait,
+        )
+        running = asyncio.create_task(duty.run())
+        try:
+            assert await asyncio.wait_for(given.get(), 20) == [reader.conn.info.backend_pid]
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
 
 
 async def test_who_sees_everything_anyway_or_nothing_that_exists_is_refused(database: str) -> None:

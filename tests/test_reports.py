@@ -1,9 +1,7 @@
 """The reporting views, row by row, on a small history that was checked by hand."""
 
 import asyncio
-import csv
 import importlib
-import io
 import json
 import os
 import sys
@@ -21,8 +19,7 @@ from app.errors import UsageError
 from app.ids import uuid7
 from app.queue import Outcome
 from tests.scene import Scene
-from tests.test_prices import price, put
-from tests.test_worker import bodies, ended, simulator, working
+from tests.test_prices import price, put, submit_bound
 
 #: The calls of the history, moved to times around the end of a UTC day: item, attempt, claimed, ended, latency.
 MOVED = [
@@ -309,6 +306,7 @@ async def test_the_queue_capacity_keys_and_dead_letters(database: str) -> None:
         await scene.submit(5, api_key_id=key, priority=3)
         items = (await scene.claim(2)).items
         await scene.settle(items[:1], Outcome.rejected, used=None, error_code="invalid_request")
+        await roll_up(scene)
         assert await seen(
             scene,
             "resource_name, priority, open_batches, pending_items, unstarted_items, running_items,"
@@ -331,6 +329,25 @@ async def test_the_queue_capacity_keys_and_dead_letters(database: str) -> None:
         assert await seen(
             scene, "api_key_name, batches, items, failed_items, day_on", "api_key_usage"
         ) == [("k", 1, 5, 1, datetime.now(UTC).date())]
+
+
+async def test_what_a_batch_may_cost_is_a_limit_like_others(database: str) -> None:
+    async with Scene.open(database) as scene:
+        await put(scene, price())
+        await submit_bound(scene, 6, max_cost_nano=150_000)
+        query = "capacity_per_minute where limit_cost is not null"
+        money = "scope_kind, period, used_cost, limit_cost, cost_share"
+        items = (await scene.claim()).items
+        bound = Decimal("0.00015")
+        assert await seen(scene, money, query) == [("batch", "lifetime", bound, bound, 1)]
+        await scene.settle(items, used=(10, 20))
+        used = Decimal("0.000027")
+        assert await seen(scene, money, query) == [
+            ("batch", "lifetime", used, bound, Decimal("0.1800"))
+        ]
+        # A limit of another kind says nothing of money.
+        others = "capacity_per_minute where limit_cost is null"
+        assert set(await seen(scene, "used_cost, cost_share", others)) == {(None, None)}
 
 
 async def test_a_late_correction_is_counted_where_it_belongs(database: str) -> None:
@@ -370,48 +387,6 @@ async def test_what_is_not_committed_yet_is_counted_once_it_is(database: str) ->
         await slow.commit()
         await roll_up(scene)
         assert await scene.value(total) == 2
-
-
-async def test_views_api_cli_and_the_provider_agree_after_a_chaotic_run(
-    database: str,
-) -> None:
-    """Errors, cut and senseless replies on the way."""
-    faults = {"error_rate": 0.15, "cut_rate": 0.1, "garbage_rate": 0.1}
-    async with simulator(**faults) as (provider, url), Scene.open(database, base_url=url) as scene:
-        await put(scene, price())
-        batch = await scene.submit(bodies(80), max_attempts=90)
-        async with working(scene, database):
-            batch = await ended(scene, batch)
-        told = provider.report()
-        assert batch.completed == 80
-        assert told["answered"] == 80
-        await roll_up(scene)
-        await scene.check_books()
-        cost = (
-            Decimal(int(str(told["input_tokens"])) * 150 + int(str(told["output_tokens"])) * 600)
-            / 10**9
-        )
-        tokens = (told["input_tokens"], told["output_tokens"])
-        assert (batch.input_tokens, batch.output_tokens) == tokens
-        assert Decimal(batch.cost_nano) / 10**9 == cost
-        expected = [(*tokens, cost)]
-        for view in (
-            "batches",
-            "attempts",
-            "throughput_per_minute",
-            "throughput_per_hour",
-            "cost_per_day",
-        ):
-            sums = "sum(input_tokens)::int, sum(output_tokens)::int, sum(cost)"
-            assert await seen(scene, sums, view) == expected, view
-        calls = await scene.value("select count(*)::int from attempts")
-        assert await seen(
-            scene, "sum(calls)::int, sum(answered)::int", "throughput_per_minute"
-        ) == [(calls, 80)]
-        text = (await report(database, "batches", "--format", "csv")).decode()
-        printed = list(csv.DictReader(io.StringIO(text)))
-        assert printed[0]["completed_items"] == "80"
-        assert Decimal(printed[0]["cost"]) == cost
 
 
 # Getting data out ---------------------------------------------------------------------------------

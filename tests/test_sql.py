@@ -107,8 +107,9 @@ ACROSS_TENANTS = {
     },
     "validators of files": {"submissions.submission_lease"},
     "the operator's command line, for readers of reports": {"reports.report_grant_delete"},
-    "maintenance: budgets, retention, rollups": {
+    "maintenance: budgets, readers, retention, rollups": {
         "batches.batches_exhausted",
+        "reports.report_readers",
         "retention.callbacks_forget",
         "retention.facts_overdue",
         "retention.partitions_old",

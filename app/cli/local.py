@@ -452,7 +452,9 @@ class _Run:
             listen_url=self._store.direct_url,
         )
         maintenance = Supervisor("run")
-        duty = Maintenance(self._settings, self._db, holder_id=worker.worker_id)
+        duty = Maintenance(
+            self._settings, self._db, holder_id=worker.worker_id, give_way=self._store.give_way
+        )
         maintenance.start("maintenance", duty.run)
         working = asyncio.create_task(worker.run())
         interrupt.worker = worker

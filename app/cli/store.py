@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -29,6 +29,11 @@ class Store:
     direct_url: str
     keyring: Keyring
     server: Embedded | None
+
+    @property
+    def give_way(self) -> Callable[[Sequence[int]], None] | None:
+        """How backends are made to leave the processor to others, where we may."""
+        return self.server.give_way if self.server else None
 
     def database(self, name: str) -> Database:
         """A pool on it, for ``async with``."""

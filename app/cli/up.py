@@ -85,7 +85,9 @@ async def _up(store: Store, greet: _Greet) -> None:
             )
             working = asyncio.create_task(worker.run())
             keeping = Supervisor("up")
-            duty = Maintenance(store.settings, db, holder_id=worker.worker_id)
+            duty = Maintenance(
+                store.settings, db, holder_id=worker.worker_id, give_way=store.give_way
+            )
             keeping.start("maintenance", duty.run)
             sender = Sender(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
             sender.start()

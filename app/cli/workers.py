@@ -64,7 +64,7 @@ async def _work(store: Store, lifeline: int | None) -> None:
     async with store.database("sluice-worker") as db:
         working = Worker(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
         keeping = Supervisor("worker")
-        duty = Maintenance(store.settings, db, holder_id=working.worker_id)
+        duty = Maintenance(store.settings, db, holder_id=working.worker_id, give_way=store.give_way)
         keeping.start("maintenance", duty.run)
         sender = Sender(store.settings, db, keyring=store.keyring, listen_url=store.direct_url)
         sender.start()

@@ -13,6 +13,12 @@ order by c.relname, a.attnum;
 -- Count some minutes anew whose attempts have changed; how many.
 select rollup_some(%(most)s) as minutes;
 
+-- name: report_readers
+-- The backends of logins that may read reports, and the parallel workers of their queries.
+select a.pid
+from pg_stat_activity a
+join report_grants g on g.role_name = a.usename;
+
 -- name: report_role
 -- A role, and whether it would see everything anyway.
 select r.rolname::text as name, r.rolcanlogin as can_login,

@@ -22,7 +22,10 @@ select w.workspace_id,
     l.output_tokens as limit_output_tokens,
     round(m.requests::numeric / l.requests, 4) as requests_share,
     round((m.input_tokens + m.output_tokens)::numeric / l.tokens, 4) as tokens_share,
-    m.at_limit_s
+    m.at_limit_s,
+    m.cost_nano / 1e9 as used_cost,
+    l.cost_nano / 1e9 as limit_cost,
+    round(m.cost_nano::numeric / l.cost_nano, 4) as cost_share
 from report_tenants w
 join limits l on l.workspace_id = w.workspace_id
 join limit_scopes s on s.workspace_id = l.workspace_id and s.scope_id = l.scope_id
@@ -40,6 +43,7 @@ left join batches b on b.workspace_id = l.workspace_id and b.batch_id = l.scope_
 cross join lateral (
     select g.limit_id, date_trunc('minute', g.slot_at, 'UTC') as minute_at, sum(g.requests)::bigint as requests,
         sum(g.input_tokens)::bigint as input_tokens, sum(g.output_tokens)::bigint as output_tokens,
+        case when l.cost_nano is not null then sum(g.cost_nano) end as cost_nano,
         sum(g.outside_requests)::bigint as outside_requests, sum(g.refused)::bigint as refused,
         case when l.period = 'minute' and l.sliding then count(*) filter (where g.share >= 0.97) * 0.25 end as at_limit_s
     from (
@@ -88,3 +92,7 @@ comment on column report.capacity_per_minute.limit_output_tokens is 'The limit o
 comment on column report.capacity_per_minute.requests_share is 'Share of the limit of requests.';
 comment on column report.capacity_per_minute.tokens_share is 'Share of the limit of tokens.';
 comment on column report.capacity_per_minute.at_limit_s is 'Seconds in which the last sixty had used 97 % of a limit per minute or more: it held work up. Null: another period.';
+comment on column report.capacity_per_minute.used_cost is
+    'Money claimed, of a limit of money, in the currency of its batch; what a call may cost until it is settled.';
+comment on column report.capacity_per_minute.limit_cost is 'The limit of money: what the batch may cost.';
+comment on column report.capacity_per_minute.cost_share is 'Share of it, of 1.';

@@ -1,4 +1,5 @@
--- Items that ended without an answer and were not put back, one row each.
+-- Items that ended without an answer and were not put back, one row each. Their request and result are probed by
+-- key (see failures.sql).
 create or replace view report.dead_letters with (security_barrier) as
 select w.workspace_id,
     w.name as workspace_name,
@@ -22,14 +23,24 @@ join items i on i.workspace_id = w.workspace_id and i.status = 'failed'
 join batches b on b.workspace_id = i.workspace_id and b.batch_id = i.batch_id
 join environments e on e.workspace_id = b.workspace_id and e.environment_id = b.environment_id
 left join resources r on r.workspace_id = i.workspace_id and r.resource_id = i.resource_id
-left join item_requests q on q.workspace_id = i.workspace_id
-    and q.batch_day = i.batch_day
-    and q.batch_id = i.batch_id
-    and q.seq = i.seq
-left join item_results s on s.workspace_id = i.workspace_id
-    and s.batch_day = i.batch_day
-    and s.batch_id = i.batch_id
-    and s.seq = i.seq;
+left join lateral (
+    select q.custom_id
+    from item_requests q
+    where q.workspace_id = i.workspace_id
+        and q.batch_day = i.batch_day
+        and q.batch_id = i.batch_id
+        and q.seq = i.seq
+    limit 1
+) q on true
+left join lateral (
+    select s.status_code, s.error_code, s.error_message
+    from item_results s
+    where s.workspace_id = i.workspace_id
+        and s.batch_day = i.batch_day
+        and s.batch_id = i.batch_id
+        and s.seq = i.seq
+    limit 1
+) s on true;
 
 comment on view report.dead_letters is
     'Dead letters: every item that failed for good, with its reason. Put them back with a retry of their batch.';
