@@ -414,9 +414,13 @@ class Ingest:
                     copying = asyncio.create_task(self._copy(prepared))
             if copying is not None:
                 await copying
-        finally:
-            if copying is not None and not copying.done():
+        except asyncio.CancelledError:
+            if copying is not None:
                 copying.cancel()
+            raise
+        finally:
+            # Whoever ends the transaction needs the connection to itself.
+            if copying is not None and not copying.done():
                 await asyncio.wait({copying})
 
     async def _copy(self, prepared: "_Prepared") -> None:

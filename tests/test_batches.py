@@ -119,6 +119,44 @@ async def test_problems_are_named_together_and_nothing_is_kept(scene: Scene) -> 
     assert await kept(scene) == 0
 
 
+async def test_a_part_that_fails_while_another_is_copied_leaves_a_whole_connection(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is ended before the caller's transaction is, whoever was first."""
+    monkeypatch.setattr(Ingest, "PART", 50)
+    prepare = Ingest._prepare  # pyright: ignore[reportPrivateUsage] - a test may look inside
+
+    def broken(self: Ingest, items: Sequence[NewItem], first_seq: int) -> Any:  # noqa: ANN401 - a private one
+        if first_seq:
+            raise MemoryError
+        return prepare(self, items, first_seq)
+
+    async with scene.db.connection() as conn:
+        with monkeypatch.context() as patch:
+            patch.setattr(Ingest, "_prepare", broken)
+            with pytest.raises(MemoryError):
+                async with conn.transaction():
+                    await ingest(scene, [item(scene)] * 200, conn=conn)
+        assert await kept(scene) == 0
+        async with conn.transaction():
+            await ingest(scene, [item(scene)] * 200, conn=conn)
+    assert await kept(scene) == 2 * 200 + 3  # and batch, flow, event
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+async def test_parts_change_nothing_of_what_is_written(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(Ingest, "PART", size)
+    bodies = [b'{"messages":[],"n":%d}' % n for n in range(1, 31)]
+    await ingest(scene, [item(scene, body) for body in bodies], parts=2)
+    written = await scene.value(
+        "select array_agg(body::text order by seq) from item_requests where workspace_id = %s",
+        scene.workspace_id,
+    )
+    assert written == [body.decode() for body in bodies]
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 async def test_the_first_hundred_problems_are_named(scene: Scene, parts: int) -> None:
     with pytest.raises(ValidationError) as refusal:
