@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
+import msgspec
 import psycopg
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -496,10 +497,7 @@ class History(RuleBasedStateMachine):
 
         def moved(item: Item) -> Item:
             at = times.get((item.batch_id, item.seq, item.attempt), item.claimed_at)
-            return Item(
-                **{name: getattr(item, name) for name in Item.__slots__ if name != "claimed_at"},
-                claimed_at=at,
-            )
+            return msgspec.structs.replace(item, claimed_at=at)
 
         self.out = [moved(item) for item in self.out]
         self.settled = [(moved(item), outcome) for item, outcome in self.settled]
