@@ -39,10 +39,12 @@ STARTED: list[subprocess.Popen[str]] = []
 
 # A process that shares a server: answers "up" when it has it, obeys one word per line.
 SHARER = """
-import sys
+import signal, sys
 from pathlib import Path
 from app import embedded
 
+# What a shell puts into the background inherits a deaf ear for Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 server = embedded.acquire(Path(sys.argv[1]), settings={"fsync": "off"})
 print("up", flush=True)
 for word in sys.stdin:
